@@ -1,0 +1,48 @@
+# `make demo` and `make test` need Python 3.11+ and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test slow bench docs lint clean
+
+demo: $(VENV)/.demo
+	$(RUN) examples/tour.py
+
+test: lint
+	$(RUN) -m pytest -n 2
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+slow: $(VENV)/.test
+	$(RUN) -m pytest -m slow
+
+bench: $(VENV)/.test
+	@for f in $$(find benchmarks -name 'bench_*.py' | sort); do echo "== $$f"; $(RUN) $$f || exit 1; done
+
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# One virtual environment; each stamp records which extras it holds.
+$(VENV)/.created: 
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sciml needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/.created
+	$(RUN) -m pip install --quiet -e . matplotlib
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.created
+	$(RUN) -m pip install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.created
+	$(RUN) -m pip install --quiet -e '.[docs]'
+	@touch $@ $(VENV)/.test $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) docs/_build docs/gallery docs/api/generated tour

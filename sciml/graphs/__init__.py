@@ -1,0 +1,3 @@
+"""Graph neural networks trained layer by layer."""
+
+__all__: list[str] = []

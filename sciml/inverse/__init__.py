@@ -1,0 +1,3 @@
+"""Learned priors and reconstruction for inverse problems."""
+
+__all__: list[str] = []

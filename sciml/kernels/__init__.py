@@ -1,0 +1,3 @@
+"""Kernels of infinitely wide networks, kernel machines and Nyström approximation."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Training without backpropagation: every layer learns from its own loss."""
+
+__all__: list[str] = []

@@ -1,0 +1,53 @@
+"""The methods of the library: one row each, from which README and docs tables are made.
+
+``status`` says what is proved: *stable* = identities, reference numbers and the headline
+experiment pass; *beta* = identities and reference numbers; *partial* = details of the paper
+are unknown and the class docstring lists them.
+"""
+
+from typing import NamedTuple
+
+__all__ = ["METHODS", "Method", "table"]
+
+
+class Method(NamedTuple):
+    """One method: its name, its use, where it lives, its paper and what is proved of it."""
+
+    name: str
+    use: str
+    where: str
+    paper: str
+    status: str
+
+
+METHODS: tuple[Method, ...] = ()
+
+
+def table() -> str:
+    """Return the methods as a Markdown table.
+
+    Returns
+    -------
+    str
+        Table with the columns method, use, where, paper and status.
+    """
+    lines = ["| method | use it to | where | paper | status |", "|---|---|---|---|---|"]
+    for method in METHODS:
+        module, _, name = method.where.partition(":")
+        lines.append(
+            f"| {method.name} | {method.use} | `{module}.{name}` | {method.paper} | {method.status} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    # `python -m sciml.methods README.md` renews the table between its two markers.
+    import sys
+    from pathlib import Path
+
+    readme = Path(sys.argv[1])
+    before, rest = readme.read_text(encoding="utf-8").split("<!-- methods -->\n", 1)
+    after = rest.split("<!-- /methods -->", 1)[1]
+    readme.write_text(
+        f"{before}<!-- methods -->\n{table()}\n<!-- /methods -->{after}", encoding="utf-8"
+    )
