@@ -1,5 +1,6 @@
 """Argument checks: one function a kind, each error naming argument, value and expectation."""
 
+import sys
 from collections.abc import Collection, Sized
 from numbers import Integral, Real
 from typing import Any
@@ -43,8 +44,9 @@ def check_interval(
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r} of type {_type(value)}")
     left_closed, right_closed = closed in ("both", "left"), closed in ("both", "right")
-    above = value >= low if left_closed else value > low
-    below = value <= high if right_closed else value < high
+    number = float(value)
+    above = number >= low if left_closed else number > low
+    below = number <= high if right_closed else number < high
     if not (above and below):
         interval = f"{'[' if left_closed else '('}{low}, {high}{']' if right_closed else ')'}"
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
@@ -54,7 +56,7 @@ def check_integer(name: str, value: Any, low: float = -np.inf, high: float = np.
     """Raise unless `value` is an integer with ``low <= value <= high``."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {_type(value)}")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
 
 
@@ -67,9 +69,9 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 
 def check_finite(name: str, array: Any) -> None:
     """Raise ValueError when an array (NumPy, torch, CuPy) holds NaN or infinity."""
-    # x - x is 0 for finite x and NaN otherwise, in every array library.
-    difference = array - array
-    if not bool((difference == difference).all()):
+    library = type(array).__module__.partition(".")[0]
+    xp = sys.modules[library] if library in ("torch", "cupy") else np
+    if not bool(xp.isfinite(array).all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity among its values")
 
 

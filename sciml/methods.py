@@ -34,9 +34,8 @@ def table() -> str:
     lines = ["| method | use it to | where | paper | status |", "|---|---|---|---|---|"]
     for method in METHODS:
         module, _, name = method.where.partition(":")
-        lines.append(
-            f"| {method.name} | {method.use} | `{module}.{name}` | {method.paper} | {method.status} |"
-        )
+        cells = (method.name, method.use, f"`{module}.{name}`", method.paper, method.status)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
