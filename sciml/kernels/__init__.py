@@ -1,3 +1,5 @@
 """Kernels of infinitely wide networks, kernel machines and Nyström approximation."""
 
-__all__: list[str] = []
+from sciml.kernels.pairwise import kernel_diag, kernel_matmul, pairwise_kernel
+
+__all__ = ["kernel_diag", "kernel_matmul", "pairwise_kernel"]
