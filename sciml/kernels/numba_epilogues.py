@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -139,13 +140,14 @@ def _angle_and_sine(u, one, half, pi):
 
 @_compiled
 def _polynomial_rows(S, qx, qy, first, last, gamma, coef0, degree):
+    base = np.empty(len(qy), S.dtype)
     for i in range(first, last):
         for j in range(len(qy)):
-            base = gamma * S[i, j] + coef0
-            power = base
-            for _ in range(degree - 1):
-                power *= base
-            S[i, j] = power
+            base[j] = gamma * S[i, j] + coef0
+            S[i, j] = base[j]
+        for _ in range(degree - 1):
+            for j in range(len(qy)):
+                S[i, j] *= base[j]
 
 
 @_compiled
@@ -357,7 +359,7 @@ def _over_rows(
         _pool = ThreadPoolExecutor(threads, thread_name_prefix="sciml-kernels")
     pending = [
         _pool.submit(function, S, *arrays, first, last, *params)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+        for first, last in pairwise(bounds[1:])
     ]
     function(S, *arrays, 0, bounds[1], *params)
     for future in pending:

@@ -12,8 +12,8 @@ the same library and on the same device as the input. Rows are processed in tile
 apart from the result itself only one tile of memory is needed; for ``K(X, X)`` only tiles on and
 below the diagonal are computed, the rest is their mirror image and the diagonal is exact.
 
-Kernels of distances see the data after subtracting the mean of Y, which changes no distance and
-keeps ``q + r - 2 S`` from cancelling when the data lie far from the origin.
+Kernels of distances see data that lie far from the origin after subtracting the mean of Y, which
+changes no distance and keeps ``q + r - 2 S`` from cancelling.
 
 To add a kernel, write its epilogue in each backend, its diagonal in `_diagonal`, and its name in
 `_epilogue`.
@@ -52,7 +52,7 @@ KernelLike: TypeAlias = str | gp.Kernel | Callable[..., Array]
 Epilogue: TypeAlias = tuple[str, tuple[Any, ...]]  # a name of EPILOGUES and its parameters
 
 _CENTRED = ("rbf", "exponential")
-_TILE_ENTRIES = 1 << 21
+_TILE_ENTRIES = 1 << 19  # of the data and of the result: a few MB, which stay in the cache
 
 
 def pairwise_kernel(
@@ -118,7 +118,7 @@ def pairwise_kernel(
     Notes
     -----
     Distances come from inner products, so their squares carry an absolute error of about
-    ``eps * (||x - m||^2 + ||y - m||^2)`` with m the mean of Y. For "exponential" and
+    ``eps * (||x - m||^2 + ||y - m||^2)`` with m the mean of Y or 0. For "exponential" and
     "arc_cosine_0", whose graphs have a kink at ``x = y``, near-duplicates that are not the same
     row of one array therefore carry relative errors of order ``sqrt(eps)``.
 
@@ -332,10 +332,11 @@ def _fill(
     xp, backend = _namespace(library), _backend(library)
     symmetric = Y is None
     other = X if Y is None else Y
-    shift = other.mean(0) if name in _CENTRED and len(other) else None
+    shift = _shift(other) if name in _CENTRED else None
     centred = other if shift is None else other - shift
     other_norms = _squared_norms(centred)
-    for rows in _tiles(len(X), max(64, _TILE_ENTRIES // max(1, len(other)))):
+    height = max(64, _TILE_ENTRIES // max(1, *other.shape))
+    for rows in _tiles(len(X), height):
         columns = slice(0, rows.stop if symmetric else len(other))
         tile = out[rows]
         if name == "laplacian":
@@ -361,11 +362,8 @@ def _differentiable(X: Array, Y: Array | None, name: str, params: tuple[Any, ...
     if name == "laplacian":
         K = backend.laplacian(X, other, *params)
     else:
-        if name in _CENTRED and len(other):
-            shift = other.detach().mean(0)
-            X_centred, other = X - shift, other - shift
-        else:
-            X_centred = X
+        shift = _shift(other.detach()) if name in _CENTRED else None
+        X_centred, other = (X, other) if shift is None else (X - shift, other - shift)
         K = X_centred @ other.T
         if name != "linear":
             norms, other_norms = _squared_norms(X_centred), _squared_norms(other)
@@ -374,6 +372,14 @@ def _differentiable(X: Array, Y: Array | None, name: str, params: tuple[Any, ...
         K = K.tril(-1) + K.tril(-1).T
         K = torch.diagonal_scatter(K, _diagonal(name, params, _squared_norms(X)))
     return K
+
+
+def _shift(Y: Array) -> Array | None:
+    """Return the mean of the rows if subtracting it shortens them to half or less, else None."""
+    if len(Y) == 0:
+        return None
+    mean = Y.mean(0)
+    return mean if bool(mean @ mean > 0.75 * _squared_norms(Y).mean()) else None
 
 
 def _diagonal(name: str, params: tuple[Any, ...], q: Array) -> Array:
@@ -500,7 +506,8 @@ def _as_array(
                 f"{name} must hold float32, float64 or integer values, got dtype {dtype}"
             )
         array = _to_dtype(array, _namespace(library).float64)
-    check_finite(name, array)
+    for rows in _tiles(len(array), _TILE_ENTRIES // math.prod(array.shape[1:]) or 1):
+        check_finite(name, array[rows])
     if like is not None:
         if library != _library(like):
             raise TypeError(
