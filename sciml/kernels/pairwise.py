@@ -52,7 +52,7 @@ KernelLike: TypeAlias = str | gp.Kernel | Callable[..., Array]
 Epilogue: TypeAlias = tuple[str, tuple[Any, ...]]  # a name of EPILOGUES and its parameters
 
 _CENTRED = ("rbf", "exponential")
-_TILE_ENTRIES = 1 << 19  # of the data and of the result: a few MB, which stay in the cache
+_TILE_ENTRIES = 1 << 20  # of the data and of the result: a few MB, which stay in the cache
 
 
 def pairwise_kernel(
