@@ -330,6 +330,7 @@ def _norms(q: Any) -> tuple[Any, Any]:
 
 # ---------------------------------------------------------------- threads
 
+_THREADS: int = vars(config)["NUMBA_NUM_THREADS"]  # environment variable, or number of cores
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -348,7 +349,7 @@ def _over_rows(
 ) -> None:
     """Call ``function(S, *arrays, first, last, *params)`` on row ranges, one for each thread."""
     global _pool
-    n_rows, threads = len(S), config.NUMBA_NUM_THREADS
+    n_rows, threads = len(S), _THREADS
     # Handing a range to a thread costs about 30 microseconds, 10^4 entries of the cheapest pass.
     parts = max(1, min(threads, n_rows, S.size * cost // 20_000))
     bounds = [n_rows * part // parts for part in range(parts + 1)]

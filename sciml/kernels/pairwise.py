@@ -246,31 +246,41 @@ def kernel_matmul(
     V = _as_array("V", V, ndims=(1, 2), like=X)
     if len(V) != len(other):
         raise ValueError(f"V must have one row a row of Y ({len(other)}), got shape {_shape(V)}")
-    options = {"kernel": kernel, "gamma": gamma, "degree": degree, "coef0": coef0}
+    epilogue = _epilogue(kernel, X.shape[1], gamma, degree, coef0)
+    options: dict[str, Any] = {"gamma": gamma, "degree": degree, "coef0": coef0}
+    diagonal = kernel_diag(X, kernel, **options) if Y is None else None
     if library == "torch":
         import torch
 
-        if torch.is_grad_enabled() and any(a.requires_grad for a in (X, other, V)):
+        # A function may hold parameters of its own that require gradients.
+        needs_gradient = epilogue is None or any(a.requires_grad for a in (X, other, V))
+        if torch.is_grad_enabled() and needs_gradient:
             from torch.utils.checkpoint import checkpoint
 
-            def tile(rows: Array, other: Array, V: Array) -> Array:
-                return pairwise_kernel(rows, other, **options) @ V
+            def tile(X: Array, other: Array, V: Array, diagonal: Array, start: int) -> Array:
+                K = pairwise_kernel(X, other, kernel, **options)
+                if diagonal is not None:
+                    K = torch.diagonal_scatter(K, diagonal, offset=start)
+                return K @ V
 
-            parts = [
-                checkpoint(tile, X[rows], other, V, use_reentrant=False)
-                for rows in _tiles(len(X), block)
-            ]
+            parts = []
+            for rows in _tiles(len(X), block):
+                part = None if diagonal is None else diagonal[rows]
+                # Without the checkpoint autograd would keep every tile for the backward pass.
+                arguments = (X[rows], other, V, part, rows.start)
+                parts.append(checkpoint(tile, *arguments, use_reentrant=False))
             return torch.cat(parts)
     xp = _namespace(library)
     result = _empty((len(X), *V.shape[1:]), X, library)
-    epilogue = _epilogue(kernel, X.shape[1], gamma, degree, coef0)
-    tile_memory = _empty((min(block, len(X)), len(other)), X, library)
+    memory = _empty((min(block, len(X)), len(other)), X, library)
     for rows in _tiles(len(X), block):
-        K = tile_memory[: rows.stop - rows.start]
-        if epilogue is None:
-            K = pairwise_kernel(X[rows], other, **options)
-        else:
+        K = memory[: rows.stop - rows.start]
+        if epilogue is not None:
             product_kernel(X[rows], other, *epilogue, out=K)
+        else:
+            pairwise_kernel(X[rows], other, kernel, out=K)
+        if diagonal is not None:
+            K.reshape(-1)[rows.start :: len(other) + 1] = diagonal[rows]
         xp.matmul(K, V, out=result[rows])
     return result
 
@@ -376,8 +386,6 @@ def _differentiable(X: Array, Y: Array | None, name: str, params: tuple[Any, ...
 
 def _shift(Y: Array) -> Array | None:
     """Return the mean of the rows if subtracting it shortens them to half or less, else None."""
-    if len(Y) == 0:
-        return None
     mean = Y.mean(0)
     return mean if bool(mean @ mean > 0.75 * _squared_norms(Y).mean()) else None
 
@@ -442,7 +450,9 @@ def _evaluate(kernel: Any, X: Array, Y: Array | None, library: str) -> Array:
     if isinstance(kernel, gp.Exponentiation):
         return _evaluate(kernel.kernel, X, Y, library) ** kernel.exponent
     if isinstance(kernel, gp.ConstantKernel):
-        return kernel.constant_value  # broadcasts against the matrix it is combined with
+        K = _empty((len(X), len(X if Y is None else Y)), X, library)
+        K[...] = kernel.constant_value
+        return K
     if hasattr(kernel, "epilogue"):
         return product_kernel(X, Y, *kernel.epilogue(X.shape[1]))
     raise TypeError(f"kernel {kernel!r} takes NumPy arrays only, got X of type {type(X).__name__}")
@@ -481,6 +491,8 @@ def _as_arrays(X: Array, Y: Array | None) -> tuple[Array, Array | None, str]:
             f"Y must have as many features as X ({X.shape[1]}), got {Y.shape[1]}: "
             f"shapes {_shape(X)} and {_shape(Y)}"
         )
+    if getattr(X, "device", None) != getattr(Y, "device", None):
+        raise ValueError(f"Y must be on the device of X ({X.device}), got {Y.device}")
     if X.dtype != Y.dtype:
         wide = X.dtype if "64" in str(X.dtype) else Y.dtype
         X, Y = _to_dtype(X, wide), _to_dtype(Y, wide)
@@ -497,8 +509,8 @@ def _as_array(
     if array.ndim not in ndims:
         wanted = " or ".join(f"{n}-D" for n in ndims)
         raise ValueError(f"{name} must be a {wanted} array, got shape {_shape(array)}")
-    if 2 in ndims and array.ndim == 2 and array.shape[1] == 0:
-        raise ValueError(f"{name} must have at least one column, got shape {_shape(array)}")
+    if 0 in array.shape:
+        raise ValueError(f"{name} must have at least one row and column, got {_shape(array)}")
     dtype = str(array.dtype).removeprefix("torch.")
     if dtype not in ("float32", "float64"):
         if not (dtype == "bool" or dtype.startswith(("int", "uint"))):

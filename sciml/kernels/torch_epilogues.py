@@ -7,6 +7,7 @@ at 1) the gradients are the analytic ones, which are finite; at a true kink, suc
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def laplacian(X: Tensor, Y: Tensor, gamma: float) -> Tensor:
     return (-gamma * torch.cdist(X, Y, p=1)).exp()
 
 
-EPILOGUES = {
+EPILOGUES: dict[str, Callable[..., Tensor]] = {
     "polynomial": polynomial,
     "rbf": rbf,
     "exponential": exponential,
