@@ -1,0 +1,74 @@
+"""Refinement: the misfit falls, velocity improves, the truth is a fixed point."""
+
+import pytest
+import torch
+
+from sciml.inverse.seismic import AcousticWavePhysics, Survey, make_velocity_maps, refine
+
+SURVEY = Survey.line(24, n_shots=3, dx=20.0, dt=2e-3, nt=250, peak_frequency=8.0)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    physics = AcousticWavePhysics(SURVEY)
+    true = torch.as_tensor(make_velocity_maps("curve_vel_a", 2, shape=(24, 24), random_state=0))
+    true = true[:, None]
+    smooth = torch.nn.functional.avg_pool2d(
+        torch.nn.functional.pad(true, (3, 3, 3, 3), mode="replicate"), 7, 1
+    )
+    with torch.no_grad():
+        return physics, true, smooth, physics.A(true)
+
+
+def test_refinement_lowers_misfit_and_error(problem):
+    physics, true, start, seismic = problem
+    result = refine(start, seismic, physics, 15)
+    assert result.misfit.shape == (16, 2)
+    assert (result.misfit[-1] < 0.3 * result.misfit[0]).all()
+    before, after = ((v - true).abs().mean(dim=(1, 2, 3)) for v in (start, result.velocity))
+    assert (after < before).all()
+    with torch.no_grad():
+        again = (physics.A(result.velocity) - seismic).flatten(1).square().sum(1)
+    again /= seismic.flatten(1).square().sum(1)
+    torch.testing.assert_close(again, result.misfit.min(dim=0).values, rtol=1e-3, atol=0)
+
+
+def test_truth_stays(problem):
+    physics, true, _, seismic = problem
+    result = refine(true, seismic, physics, 2)
+    assert result.misfit[0].max() < 1e-8
+    torch.testing.assert_close(result.velocity, true, rtol=1e-4, atol=0.5)
+
+
+def test_prior_is_applied(problem):
+    physics, _, start, seismic = problem
+    calls = []
+
+    def prior(x):
+        calls.append(x.abs().max().item())
+        return torch.zeros_like(x)
+
+    result = refine(start, seismic, physics, 3, prior=prior, prior_weight=1.0)
+    assert len(calls) == 3
+    assert max(calls) <= 1.1
+    torch.testing.assert_close(result.velocity, torch.full_like(start, 3000.0))
+
+
+def test_caller_is_left_alone(problem):
+    physics, _, start, seismic = problem
+    copy = start.clone()
+    refine(start, seismic, physics, 1)
+    assert torch.equal(start, copy)
+    assert not start.requires_grad
+
+
+def test_bad_input_is_named(problem):
+    physics, _, start, seismic = problem
+    with pytest.raises(ValueError, match=r"seismic must have shape \(2, 3, 250, 24\)"):
+        refine(start, seismic[:1], physics)
+    with pytest.raises(ValueError, match="seismic must not be zero"):
+        refine(start, seismic * 0, physics)
+    with pytest.raises(ValueError, match="n_iter .*0"):
+        refine(start, seismic, physics, 0)
+    with pytest.raises(ValueError, match="prior_weight .*2"):
+        refine(start, seismic, physics, 1, prior_weight=2.0)
