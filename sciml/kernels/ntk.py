@@ -55,7 +55,7 @@ def ntk(
         NumPy array (or what `numpy.asarray` accepts), torch tensor or CuPy array.
     Y : array of shape (n_Y, n_features), default=None
         Same library and device as X. None, or X itself, computes the symmetric matrix with an
-        exact diagonal in half the time.
+        exact diagonal at about half the cost.
     depth : int, default=1
         Number of hidden layers, >= 1. Papers that count layers with the output layer call
         ``depth=1`` a two-layer network.
