@@ -20,7 +20,15 @@ class Method(NamedTuple):
     status: str
 
 
-METHODS: tuple[Method, ...] = ()
+METHODS: tuple[Method, ...] = (
+    Method(
+        "NTK and NNGP kernels",
+        "use infinitely wide ReLU networks as kernels in any kernel machine",
+        "sciml.kernels.ntk:NTK",
+        "arXiv:1806.07572, arXiv:1902.06720",
+        "stable",
+    ),
+)
 
 
 def table() -> str:

@@ -88,7 +88,7 @@ def ntk(
     -----
     float64 results are exact to rounding except where x and y are nearly parallel: an angle can
     be known from an inner product only to ``sqrt(eps)``, so there the relative error of the NTK
-    reaches 1e-8 (float64) or 1e-4 (float32). The diagonal of ``ntk(X)`` does not suffer: it is
+    reaches 1e-8 (float64) or 3e-4 (float32). The diagonal of ``ntk(X)`` does not suffer: it is
     written from its closed form.
 
     References
