@@ -28,6 +28,13 @@ METHODS: tuple[Method, ...] = (
         "arXiv:1806.07572, arXiv:1902.06720",
         "stable",
     ),
+    Method(
+        "Kernel machines of infinitely wide networks",
+        "classify or regress by the machine that a trained infinitely wide network becomes",
+        "sciml.kernels.kernel_machine:KernelMachineClassifier",
+        "arXiv:2111.06063",
+        "stable",
+    ),
 )
 
 
