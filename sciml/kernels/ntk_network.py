@@ -20,7 +20,7 @@ where Theta_t(x, x') = <grad f(x), grad f(x')> is its empirical tangent kernel. 
 
       Theta_t = NNGP + exp(-2 lam t) (NTK - NNGP).
 
-  `decaying_ntk` computes this kernel and `decaying_ntk_descent` the machine that it drives.
+  `sciml.kernels.decaying_ntk` computes this kernel and `decaying_ntk_descent` its machine.
 
 Where paper and code differ: the official code regularises W_last / sqrt(width), which at large
 width is no regularisation at all; here the objective is the one of the theorems. The paper's
@@ -40,7 +40,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -52,16 +51,14 @@ from sciml._check import (
     check_interval,
     check_same_length,
     check_shape,
-    check_square,
 )
-from sciml.kernels.ntk import ntk
 
 __all__ = [
-    "DecayingMachine",
+    "LOSSES",
     "NTKNetwork",
     "NTKTraining",
-    "decaying_ntk",
-    "decaying_ntk_descent",
+    "check_targets",
+    "loss_and_slope",
     "train_ntk_network",
 ]
 
@@ -396,7 +393,7 @@ def train_ntk_network(
             rows = batches.pop()
             scale = n / len(rows)
         f = network(X[rows])
-        value, slope = _loss(loss, f, y[rows])
+        value, slope = loss_and_slope(loss, f, y[rows])
         penalty = sum((p.square().sum() for p in regularised), start=f.new_zeros(()))
         total = scale * value.sum() + lam / 2 * penalty
         gradients = torch.autograd.grad(total, parameters)
@@ -420,149 +417,7 @@ def train_ntk_network(
     return NTKTraining(objective, path_kernel, output)
 
 
-def decaying_ntk(
-    X: Any,
-    Y: Any = None,
-    *,
-    lam: float,
-    t: float,
-    depth: int = 1,
-    w_std: float = 1.0,
-    b_std: float = 0.0,
-) -> Any:
-    """Compute the tangent kernel that an infinitely wide regularised network has at time t.
-
-    ``NNGP + exp(-2 lam t) (NTK - NNGP)``: the NTK at t = 0, the NNGP kernel (only the last layer
-    learns) as lam t grows.
-
-    Parameters
-    ----------
-    X : array of shape (n_X, n_features)
-        NumPy array, torch tensor or CuPy array.
-    Y : array of shape (n_Y, n_features), default=None
-        None means X.
-    lam : float
-        Strength of the regularisation of the last layer, >= 0.
-    t : float
-        Training time, >= 0: the number of steps times the step size.
-    depth, w_std, b_std : int, float, float
-        The network, as in `ntk`.
-
-    Returns
-    -------
-    array of shape (n_X, n_Y)
-        Kernel matrix in the library, dtype and device of X.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from sciml.kernels import decaying_ntk
-    >>> decaying_ntk(np.eye(2), lam=1.0, t=0.5).round(4)
-    array([[0.342 , 0.0796],
-           [0.0796, 0.342 ]])
-    """
-    check_interval("lam", lam, 0, math.inf, closed="left")
-    check_interval("t", t, 0, math.inf, closed="left")
-    last = ntk(X, Y, depth=depth, w_std=w_std, b_std=b_std, kind="nngp")
-    full = ntk(X, Y, depth=depth, w_std=w_std, b_std=b_std, kind="ntk")
-    return last + math.exp(-2 * lam * t) * (full - last)
-
-
-class DecayingMachine(NamedTuple):
-    """Coefficients of the machine of `decaying_ntk_descent`.
-
-    ``f(x) = NNGP(x, X) @ last + (NTK - NNGP)(x, X) @ hidden``.
-
-    Attributes
-    ----------
-    last : ndarray of shape (n,)
-        Coefficients of the last layer's kernel.
-    hidden : ndarray of shape (n,)
-        Coefficients of the kernel of the layers below.
-    """
-
-    last: Any
-    hidden: Any
-
-
-def decaying_ntk_descent(
-    K_ntk: Any,
-    K_nngp: Any,
-    y: Any,
-    *,
-    loss: str = "hinge",
-    lam: float,
-    step: float,
-    n_steps: int,
-) -> DecayingMachine:
-    """Run the (sub)gradient descent that an infinitely wide regularised network follows.
-
-    One step of size eta is ``g <- (1 - eta lam) g - eta sum_i loss'(g(x_i), y_i) Theta_k(., x_i)``
-    with the kernel of step k, ``Theta_k = NNGP + (1 - eta lam)^(2k) (NTK - NNGP)``, from g = 0.
-    As Theta_k is always a combination of two matrices, two coefficient vectors hold g everywhere.
-
-    Parameters
-    ----------
-    K_ntk, K_nngp : ndarray of shape (n, n)
-        NTK and NNGP matrices of the training points.
-    y : ndarray of shape (n,)
-        Targets; -1 and +1 for all losses but ``"squared"``.
-    loss : {"hinge", "squared_hinge", "logistic", "squared"}, default="hinge"
-        Loss, summed over the samples; see `train_ntk_network`.
-    lam : float
-        Strength of the regularisation, >= 0. With 0 both coefficient vectors agree and the
-        machine is the one of the fixed NTK.
-    step : float
-        Step size eta, > 0, with ``step * lam < 1``.
-    n_steps : int
-        Number of steps.
-
-    Returns
-    -------
-    DecayingMachine
-        Named tuple ``(last, hidden)``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument does not fit.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from sciml.kernels import decaying_ntk_descent, ntk
-    >>> X, y = np.eye(2), np.array([1.0, -1.0])
-    >>> machine = decaying_ntk_descent(
-    ...     ntk(X), ntk(X, kind="nngp"), y, lam=1.0, step=0.01, n_steps=100
-    ... )
-    >>> bool((machine.hidden * y < machine.last * y).all())
-    True
-    """
-    K_ntk, K_nngp, y = (np.asarray(a, dtype=np.float64) for a in (K_ntk, K_nngp, y))
-    for name, K in (("K_ntk", K_ntk), ("K_nngp", K_nngp)):
-        check_square(name, K)
-        check_finite(name, K)
-    check_shape("y", y, (None,))
-    check_same_length(K_ntk=K_ntk, K_nngp=K_nngp, y=y)
-    check_choice("loss", loss, LOSSES)
-    targets = torch.from_numpy(y)
-    _check_targets(targets, loss)
-    check_interval("lam", lam, 0, math.inf, closed="left")
-    check_interval("step", step, 0, 1 / lam if lam > 0 else math.inf, closed="neither")
-    check_integer("n_steps", n_steps, 0)
-    K_hidden = torch.from_numpy(K_ntk - K_nngp)
-    K_last = torch.from_numpy(K_nngp)
-    last, hidden = torch.zeros_like(targets), torch.zeros_like(targets)
-    share = 1.0
-    for _ in range(n_steps):
-        _, slope = _loss(loss, K_last @ last + K_hidden @ hidden, targets)
-        last = (1 - step * lam) * last - step * slope
-        hidden = (1 - step * lam) * hidden - step * share * slope
-        share *= (1 - step * lam) ** 2
-    return DecayingMachine(last.numpy(), hidden.numpy())
-
-
-def _loss(loss: str, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_slope(loss: str, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the losses of the samples and their derivatives with respect to f."""
     margin = 1 - y * f
     g = f.detach()
@@ -599,7 +454,7 @@ def _check_training(
             f"got {y.dtype}, {y.device}"
         )
     check_choice("loss", loss, LOSSES)
-    _check_targets(y, loss)
+    check_targets(y, loss)
     check_interval("lam", lam, 0, math.inf, closed="left")
     check_interval("learning_rate", learning_rate, 0, math.inf, closed="neither")
     check_integer("n_steps", n_steps, 0)
@@ -614,7 +469,8 @@ def _check_training(
             )
 
 
-def _check_targets(y: Tensor, loss: str) -> None:
+def check_targets(y: Tensor, loss: str) -> None:
+    """Raise ValueError unless the targets are finite and, for a loss of margins, -1 or +1."""
     check_finite("y", y)
     if loss != "squared" and not bool((y.abs() == 1).all()):
         raise ValueError(f"y must hold -1 and +1 for loss={loss!r}, got {y.unique().tolist()[:5]}")
