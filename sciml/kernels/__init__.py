@@ -3,6 +3,7 @@
 from sciml.kernels.certificates import certified_radius
 from sciml.kernels.decaying_ntk import DecayingMachine, decaying_ntk, decaying_ntk_descent
 from sciml.kernels.generalization import GeneralizationBound, generalization_bound
+from sciml.kernels.ink_estimate import INKEstimate, ink_estimate
 from sciml.kernels.interval_bounds import ibp_bounds, ibp_certified_radius
 from sciml.kernels.kernel_machine import KernelMachineClassifier, KernelMachineRegressor
 from sciml.kernels.ntk import NNGP, NTK, ntk
@@ -11,26 +12,34 @@ from sciml.kernels.ntk_network import (
     NTKTraining,
     train_ntk_network,
 )
+from sciml.kernels.nystroem import RidgeLeverageNystroem, merge
 from sciml.kernels.pairwise import kernel_diag, kernel_matmul, pairwise_kernel
+from sciml.kernels.ridge_leverage import effective_dimension, ridge_leverage_scores
 
 __all__ = [
     "NNGP",
     "NTK",
     "DecayingMachine",
     "GeneralizationBound",
+    "INKEstimate",
     "KernelMachineClassifier",
     "KernelMachineRegressor",
     "NTKNetwork",
     "NTKTraining",
+    "RidgeLeverageNystroem",
     "certified_radius",
     "decaying_ntk",
     "decaying_ntk_descent",
+    "effective_dimension",
     "generalization_bound",
     "ibp_bounds",
     "ibp_certified_radius",
+    "ink_estimate",
     "kernel_diag",
     "kernel_matmul",
+    "merge",
     "ntk",
     "pairwise_kernel",
+    "ridge_leverage_scores",
     "train_ntk_network",
 ]

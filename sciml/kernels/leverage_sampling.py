@@ -1,0 +1,224 @@
+"""Draw landmarks from points that are all at hand: exact scores, recursive halving, BLESS.
+
+Each function returns positions and importance weights: with the weights, sums over landmarks
+are unbiased for sums over all points.
+
+References
+----------
+.. [1] A. Alaoui, M. W. Mahoney, "Fast randomized kernel ridge regression with statistical
+   guarantees", NeurIPS 2015. arXiv:1411.0306
+.. [2] C. Musco, C. Musco, "Recursive sampling for the Nyström method", NeurIPS 2017.
+   arXiv:1605.07583
+.. [3] A. Rudi, D. Calandriello, L. Carratino, L. Rosasco, "On fast leverage score sampling and
+   optimal learning" (BLESS), NeurIPS 2018. arXiv:1810.13258
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sciml.kernels.linear_algebra import cholesky, eigh, solve_lower, to_numpy
+from sciml.kernels.ridge_leverage import ridge_leverage_scores
+from sciml.kernels.squeak import _like, _take
+
+__all__ = [
+    "Sample",
+    "bless_sample",
+    "exact_leverage_sample",
+    "recursive_leverage_sample",
+    "uniform_sample",
+]
+
+Array = Any
+Kernel = Callable[[Array, Array | None], Array]
+Diagonal = Callable[[Array], Array]
+
+
+class Sample(NamedTuple):
+    """Landmarks: positions, importance weights, and the leverage scores they were drawn by."""
+
+    indices: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    scores: NDArray[np.float64]
+
+
+def uniform_sample(n: int, n_components: int, rng: np.random.RandomState) -> Sample:
+    """Draw distinct points uniformly, in the order that scikit-learn's `Nystroem` draws them."""
+    indices = rng.permutation(n)[:n_components]
+    m = len(indices)
+    return Sample(indices, np.full(m, n / m), np.full(m, np.nan))
+
+
+def exact_leverage_sample(
+    X: Array,
+    kernel: Kernel,
+    ridge: float,
+    n_components: int,
+    rng: np.random.RandomState,
+) -> Sample:
+    """Draw points in proportion to their exact scores, O(n^3)."""
+    scores = to_numpy(ridge_leverage_scores(kernel(X, None), ridge)).astype(np.float64)
+    n_components = min(n_components, int((scores > 0).sum()))
+    inclusion = _inclusion(scores, n_components)
+    # Systematic sampling: a fixed size, and each point with its inclusion probability.
+    order = rng.permutation(len(scores))
+    ends = np.cumsum(inclusion[order])
+    marks = rng.uniform() + np.arange(n_components)
+    chosen = order[np.minimum(np.searchsorted(ends, marks), len(order) - 1)]
+    indices = np.unique(chosen)
+    return Sample(indices, 1 / inclusion[indices], scores[indices])
+
+
+def recursive_leverage_sample(
+    X: Array,
+    kernel: Kernel,
+    diagonal: Diagonal,
+    n_components: int,
+    rng: np.random.RandomState,
+) -> Sample:
+    """Halve the points until few are left, and double back, scoring each level by the last.
+
+    The ridge adapts to the tail of the spectrum that `n_components` landmarks leave out.
+    O(n n_components^2).
+    """
+    n = len(X)
+    size = min(n_components, n)
+    permutation = rng.permutation(n)
+    levels = max(0, int(np.ceil(np.log2(n / size))))
+    sizes = [n]
+    for _ in range(levels):
+        sizes.append(int(np.ceil(sizes[-1] / 2)))
+    oversample = max(np.log(size), 1.0)
+    rank = int(np.ceil(size / (4 * oversample)))
+
+    chosen = permutation[rng.choice(sizes[-1], min(size, sizes[-1]), replace=False)]
+    weights = np.ones(len(chosen))
+    scores = np.full(len(chosen), np.nan)
+    for level in range(levels - 1, -1, -1):
+        top = level == 0
+        current = permutation[: sizes[level]]
+        points = _take(X, current)
+        KS = kernel(points, _take(X, chosen))
+        SKS = to_numpy(kernel(_take(X, chosen), None)).astype(np.float64)
+        if rank >= len(chosen):
+            ridge = 1e-5
+        else:
+            eigenvalues = np.linalg.eigvalsh(weights[:, None] * SKS * weights)
+            tail = (SKS.diagonal() * weights**2).sum() - np.abs(eigenvalues[-rank:]).sum()
+            ridge = max(tail / rank, 1e-12)
+        system = SKS + np.diag(ridge / weights**2)
+        half = solve_lower(cholesky(_like(system, KS)), KS.T)
+        residual = to_numpy(diagonal(points) - (half * half).sum(0)).astype(np.float64)
+        scale = 1.0 if top else oversample
+        leverage = np.clip(scale / ridge * np.maximum(residual, 0), 0, 1)
+        if not leverage.sum():
+            leverage[:] = size / len(leverage)
+        if top:
+            positive = int((leverage > 0).sum())
+            picked = rng.choice(
+                len(current), min(size, positive), replace=False, p=leverage / leverage.sum()
+            )
+            weights = np.ones(len(picked))
+        else:
+            picked = np.flatnonzero(rng.uniform(size=len(current)) < leverage)
+            if not len(picked):
+                leverage[:] = size / len(leverage)
+                picked = rng.choice(len(current), min(size, len(current)), replace=False)
+            weights = 1 / np.sqrt(leverage[picked])
+        chosen, scores = current[picked], leverage[picked]
+    return Sample(chosen, weights**2, scores)
+
+
+def bless_sample(
+    X: Array,
+    kernel: Kernel,
+    diagonal: Diagonal,
+    ridge: float,
+    budget: float,
+    rng: np.random.RandomState,
+) -> Sample:
+    """Lower the ridge from n to its target, each time scoring by the landmarks of the last.
+
+    Only candidates drawn uniformly enough are scored, so the cost is that of the final
+    landmarks, not of n.
+    """
+    n = len(X)
+    values = to_numpy(diagonal(X)).astype(np.float64)
+    # The published order: the first landmarks are drawn for a ridge of n.
+    keep = rng.uniform(size=n) < np.minimum(budget * values / n, 1)
+    keep[0] = True
+    chosen = np.flatnonzero(keep)
+    probabilities = np.minimum(budget * values[chosen] / n, 1)
+    scores = np.full(len(chosen), np.nan)
+    for step in np.geomspace(max(n, ridge), ridge, max(2, int(np.ceil(np.log(n))))):
+        ceiling = np.minimum(budget * values / (values + step), 1)
+        candidates = np.flatnonzero(rng.uniform(size=n) < ceiling)
+        if not len(candidates):
+            candidates = np.array([int(rng.randint(n))])
+        landmarks = _take(X, chosen)
+        KD = kernel(landmarks, None)
+        system = KD + 0
+        system.reshape(-1)[:: len(chosen) + 1] += _like(step * probabilities, KD)
+        half = solve_lower(cholesky(system), kernel(landmarks, _take(X, candidates)))
+        residual = values[candidates] - to_numpy((half * half).sum(0))
+        tau = np.clip(residual / step, 0, 1)
+        share = np.minimum(budget * tau, ceiling[candidates]) / ceiling[candidates]
+        kept = np.flatnonzero(rng.uniform(size=len(candidates)) < share)
+        if not len(kept):
+            kept = np.array([int(tau.argmax())])
+            share[kept] = max(float(share[kept[0]]), 1 / n)
+        chosen, scores = candidates[kept], tau[kept]
+        probabilities = share[kept] * ceiling[chosen]
+    return Sample(chosen, 1 / np.maximum(probabilities, 1 / n), scores)
+
+
+def nystroem_map(
+    K: Array, weights: NDArray[np.float64] | None, ridge: float
+) -> tuple[Array, float]:
+    """Matrix that turns kernel values with landmarks into features, and the effective dimension.
+
+    Parameters
+    ----------
+    K : array of shape (m, m)
+        Kernel among the landmarks.
+    weights : ndarray of shape (m,) or None
+        Importance weights, for features of ``K S (S'KS + ridge I)^{-1} S'K``; None for the
+        unregularised ``C K^{-1} C'``.
+    ridge : float
+        Ridge.
+
+    Returns
+    -------
+    normalization : array of shape (m, m)
+        Features of x are ``k(x, landmarks) @ normalization.T``.
+    effective_dimension : float
+        ``trace(S'KS (S'KS + ridge I)^{-1})``, with uniform weights if there are none.
+    """
+    if weights is None:
+        values, vectors = eigh(K)
+        scale = _like(1 / np.sqrt(np.maximum(to_numpy(values).astype(float), 1e-12)), K)
+        spectrum = np.maximum(to_numpy(values).astype(float), 0)
+        return (vectors * scale) @ vectors.T, float((spectrum / (spectrum + ridge)).sum())
+    root = _like(np.sqrt(weights), K)
+    values, vectors = eigh(root[:, None] * K * root)
+    spectrum = np.maximum(to_numpy(values).astype(float), 0)
+    scale = _like(1 / np.sqrt(spectrum + ridge), K)
+    dimension = float((spectrum / (spectrum + ridge)).sum())
+    return ((vectors * scale) @ vectors.T) * root, dimension
+
+
+def _inclusion(scores: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Inclusion probabilities proportional to the scores, at most 1, that sum to `size`."""
+    inclusion = np.zeros(len(scores))
+    sure = np.zeros(len(scores), dtype=bool)
+    while True:
+        left = size - int(sure.sum())
+        rest = scores[~sure].sum()
+        inclusion[~sure] = left * scores[~sure] / rest if rest > 0 else 0
+        inclusion[sure] = 1
+        over = inclusion > 1
+        if not over.any():
+            return inclusion
+        sure |= over

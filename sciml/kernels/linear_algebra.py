@@ -1,0 +1,102 @@
+"""Dense factorisations in the library of their input: NumPy (SciPy), torch or CuPy.
+
+The methods of this package are matrix algebra around a kernel matrix. These few functions let
+them be written once: the result lives where the input lives.
+"""
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+__all__ = ["array_library", "cholesky", "eigh", "matmul", "solve_lower", "to_numpy"]
+
+Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
+
+
+def array_library(array: Array) -> str:
+    """Return "torch", "cupy" or "numpy": the library that `array` belongs to."""
+    library = type(array).__module__.partition(".")[0]
+    return library if library in ("torch", "cupy") else "numpy"
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, np.dtype[Any]]:
+    """Copy `array` to the host as a NumPy array; NumPy arrays are returned as they are."""
+    library = array_library(array)
+    if library == "torch":
+        return array.detach().cpu().numpy()
+    if library == "cupy":
+        return array.get()
+    return np.asarray(array)
+
+
+def matmul(a: Array, b: Array, out: Array) -> None:
+    """Write ``a @ b`` to `out`."""
+    library = array_library(a)
+    if library == "torch":
+        import torch
+
+        torch.matmul(a, b, out=out)
+    elif library == "cupy":
+        import cupy
+
+        cupy.matmul(a, b, out=out)
+    else:
+        np.matmul(a, b, out=out)
+
+
+def cholesky(matrix: Array) -> Array:
+    """Return the lower Cholesky factor of a symmetric positive definite matrix.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        If the matrix is not positive definite.
+    """
+    library = array_library(matrix)
+    if library == "torch":
+        import torch
+
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) != 0:
+            raise np.linalg.LinAlgError("matrix is not positive definite")
+        return factor
+    if library == "cupy":
+        import cupy
+
+        factor = cupy.linalg.cholesky(matrix)
+        if not bool(cupy.isfinite(factor).all()):
+            raise np.linalg.LinAlgError("matrix is not positive definite")
+        return factor
+    return scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
+
+
+def solve_lower(factor: Array, right: Array, *, transposed: bool = False) -> Array:
+    """Solve ``L x = b``, or ``L' x = b``, for a lower triangular L and right sides (n, k)."""
+    library = array_library(factor)
+    if library == "torch":
+        import torch
+
+        if transposed:
+            return torch.linalg.solve_triangular(factor.T, right, upper=True)
+        return torch.linalg.solve_triangular(factor, right, upper=False)
+    if library == "cupy":
+        from cupyx.scipy.linalg import solve_triangular
+    else:
+        from scipy.linalg import solve_triangular
+    return solve_triangular(factor, right, lower=True, trans=int(transposed), check_finite=False)
+
+
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
+    library = array_library(matrix)
+    if library == "torch":
+        import torch
+
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    if library == "cupy":
+        import cupy
+
+        return cupy.linalg.eigh(matrix)
+    return scipy.linalg.eigh(matrix, check_finite=False)

@@ -1,0 +1,791 @@
+"""Nyström features whose landmarks are chosen by ridge leverage, in one pass or many pieces.
+
+A Nyström approximation is as good as its landmarks. Uniform ones miss small clusters; ridge
+leverage scores find them. `RidgeLeverageNystroem` takes the place of scikit-learn's `Nystroem`,
+learns from streams, from several machines, and from landmarks of your own.
+
+References
+----------
+.. [1] D. Calandriello, A. Lazaric, M. Valko, "Distributed adaptive sampling for kernel matrix
+   approximation" (SQUEAK), AISTATS 2017. arXiv:1803.10172
+.. [2] D. Calandriello, A. Lazaric, M. Valko, "Analysis of Nyström method with sequential ridge
+   leverage scores" (INK-Estimate), UAI 2016. arXiv:2604.20077
+.. [3] A. Rudi et al., "On fast leverage score sampling and optimal learning" (BLESS), NeurIPS
+   2018. arXiv:1810.13258
+.. [4] C. Musco, C. Musco, "Recursive sampling for the Nyström method", NeurIPS 2017.
+   arXiv:1605.07583
+"""
+
+import copy
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from joblib import effective_n_jobs
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted, validate_data
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
+
+from sciml._check import check_choice, check_finite, check_integer, check_interval
+from sciml.kernels.ink_estimate import INKStream
+from sciml.kernels.leverage_sampling import (
+    bless_sample,
+    exact_leverage_sample,
+    nystroem_map,
+    recursive_leverage_sample,
+    uniform_sample,
+)
+from sciml.kernels.linear_algebra import array_library, matmul, to_numpy
+from sciml.kernels.pairwise import KernelLike, kernel_diag, pairwise_kernel
+from sciml.kernels.ridge_leverage import check_kernel_matrix
+from sciml.kernels.squeak import (
+    Dictionary,
+    _concatenate,
+    _take,
+    expand,
+    merge_dictionaries,
+    shrink,
+    squeak_scores,
+    thin,
+)
+
+__all__ = ["RidgeLeverageNystroem", "merge"]
+
+Array = Any
+METHODS = ("squeak", "ink", "bless", "recursive", "exact", "uniform")
+_BLOCK = 256  # arrivals at once: the cost a row is least near the size of the dictionary
+_TILE = 1024  # rows of a kernel tile in transform
+_DEFAULT_BUDGET = {"squeak": 20, "ink": 600, "bless": 2}
+
+
+def _streams(estimator: "RidgeLeverageNystroem") -> bool:
+    if estimator.method in ("squeak", "ink", "uniform") and estimator.landmarks is None:
+        return not _is_precomputed(estimator.kernel)
+    raise AttributeError(
+        "partial_fit needs method='squeak', 'ink' or 'uniform', a kernel that is not "
+        "precomputed, and no landmarks of your own"
+    )
+
+
+class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Approximate a kernel map from landmarks chosen by ridge leverage scores.
+
+    Parameters
+    ----------
+    kernel : str, Kernel or callable, default="rbf"
+        As in `pairwise_kernel`, or "precomputed".
+    gamma : float, default=None
+        Scale of the kernels that have one; None means ``1 / n_features``.
+    degree : float, default=3
+        Power of the polynomial kernel.
+    coef0 : float, default=1.0
+        Constant of the polynomial kernel.
+    ridge : float, default=1.0
+        Ridge of the scores. A good choice is the `alpha` of the regression that follows.
+    method : str, default="squeak"
+        How landmarks are chosen:
+
+        - "squeak": one pass, scores from the landmarks alone; streams and merges [1]_;
+        - "ink": one pass, scores from all columns; O(n) a row, and keeps all points [2]_;
+        - "bless": from coarse to fine ridges, for n that fits in memory [3]_;
+        - "recursive": from few points to all, exactly `n_components` landmarks [4]_;
+        - "exact": exact scores, O(n^3);
+        - "uniform": the landmarks of scikit-learn's `Nystroem` for the same `random_state`.
+    landmarks : array, default=None
+        Landmarks of your own: positions, an integer array of shape (m,), or points of shape
+        (m, n_features). `method` is then not used.
+    n_components : int, default=None
+        For "uniform", "exact" and "recursive" the number of landmarks; None means 100, 100 and
+        ``ceil(sqrt(n))``. For the others a limit: the dictionary is thinned to it at random.
+    budget : int, default=None
+        For "squeak" and "ink" the copies q of a point, None meaning 20 and 600; for "bless"
+        the oversampling factor, None meaning 2. More copies keep more landmarks. Guarantees
+        need q of order ``log(n)/eps^2``, which is far more than practice does.
+    eps : float in (0, 1), default=0.5
+        Accuracy that "squeak" and "ink" assume.
+    random_state : int, RandomState instance or None, default=None
+        Seed of the sampling.
+    n_jobs : int, default=None
+        Threads of the matrix products and factorisations; None leaves them as they are, -1
+        means all processors.
+    verbose : int, default=0
+        With 1, show a progress bar over the blocks of a fit.
+
+    Attributes
+    ----------
+    components_ : array of shape (m, n_features)
+        Landmarks.
+    component_indices_ : ndarray of shape (m,)
+        Their positions among the rows seen; -1 for landmarks given as points.
+    weights_ : ndarray of shape (m,)
+        Importance weights: 1 for landmarks of your own and for "recursive".
+    leverage_scores_ : ndarray of shape (m,)
+        Estimated ridge leverage scores; NaN where none were estimated.
+    effective_dimension_ : float
+        Estimate of ``trace(K (K + ridge I)^{-1})`` from the landmarks.
+    normalization_ : array of shape (m, m)
+        Features are ``K(X, components_) @ normalization_.T``.
+    n_features_in_ : int
+        Number of features seen in fit.
+    n_samples_seen_ : int
+        Number of rows seen.
+
+    See Also
+    --------
+    merge : two fitted estimators into one.
+    sciml.kernels.NystroemRidge : ridge regression on these features.
+
+    Notes
+    -----
+    With importance weights S (methods "squeak", "ink", "bless", "exact") the features Z satisfy
+    ``Z Z' = K S (S'KS + ridge I)^{-1} S'K``, which is below K and, for an eps-accurate
+    dictionary, within ``ridge / (1 - eps)`` of it in spectral norm. Otherwise
+    ``Z Z' = C K_mm^{-1} C'`` as in `Nystroem`.
+
+    "squeak" takes a fixed time a row; "ink" a time that grows with the rows seen. On
+    homogeneous data all scores are alike, and no method gains over "uniform".
+
+    `fit` also takes a Dask array, or a list or iterator of two-dimensional chunks: each chunk
+    gives a dictionary, and a tree of merges joins them, on the Dask client that is active (or
+    here, one after another). A memory-mapped array is read block by block.
+
+    References
+    ----------
+    .. [1] D. Calandriello et al., 2017. arXiv:1803.10172
+    .. [2] D. Calandriello et al., 2016. arXiv:2604.20077
+    .. [3] A. Rudi et al., 2018. arXiv:1810.13258
+    .. [4] C. Musco, C. Musco, 2017. arXiv:1605.07583
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.linear_model import RidgeClassifier
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sciml.kernels import RidgeLeverageNystroem
+    >>> X, y = load_digits(return_X_y=True)
+    >>> features = RidgeLeverageNystroem(gamma=0.001, ridge=0.1, random_state=0)
+    >>> model = make_pipeline(features, RidgeClassifier(alpha=0.1)).fit(X[:1400], y[:1400])
+    >>> model.score(X[1400:], y[1400:]) > 0.9
+    True
+    """
+
+    # State of a stream; None or empty before the first row.
+    _dictionary: Any
+    _ink: INKStream | None
+    _points: Array
+    _reservoir: list[tuple[int, Array]]
+    _n_streamed: int
+
+    def __init__(
+        self,
+        kernel: KernelLike = "rbf",
+        *,
+        gamma: float | None = None,
+        degree: float = 3,
+        coef0: float = 1.0,
+        ridge: float = 1.0,
+        method: str = "squeak",
+        landmarks: Any = None,
+        n_components: int | None = None,
+        budget: int | None = None,
+        eps: float = 0.5,
+        random_state: int | np.random.RandomState | None = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.kernel = kernel
+        self.gamma = gamma
+        self.degree = degree
+        self.coef0 = coef0
+        self.ridge = ridge
+        self.method = method
+        self.landmarks = landmarks
+        self.n_components = n_components
+        self.budget = budget
+        self.eps = eps
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> "RidgeLeverageNystroem":
+        """Choose landmarks.
+
+        Parameters
+        ----------
+        X : array of shape (n, n_features), Dask array, or chunks
+            NumPy array, torch tensor, CuPy array, memory map; a kernel matrix of shape (n, n)
+            for ``kernel="precomputed"``.
+        y : None
+            Ignored, as in every transformer.
+
+        Returns
+        -------
+        RidgeLeverageNystroem
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range, a value is not finite, or the kernel is not
+            positive semidefinite.
+        """
+        self._check_arguments()
+        chunks = _chunks(X)
+        self._forget()
+        rng = check_random_state(self.random_state)
+        with _threads(self.n_jobs):
+            if chunks is not None:
+                self._fit_chunks(chunks, rng)
+                return self
+            X = self._validate(X, reset=True)
+            self.n_samples_seen_ = len(X)
+            if _is_precomputed(self.kernel):
+                check_kernel_matrix(X)
+                self._fit_points(np.arange(len(X))[:, None], rng, precomputed=X)
+            else:
+                self._fit_points(X, rng)
+        return self
+
+    @available_if(_streams)
+    def partial_fit(self, X: Any, y: Any = None) -> "RidgeLeverageNystroem":
+        """Take in more rows of a stream.
+
+        Stopped between calls, the estimator can be pickled and goes on bit-identically; an
+        interrupt within a call leaves whole blocks done.
+
+        Parameters
+        ----------
+        X : array of shape (n, n_features)
+            New rows.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        RidgeLeverageNystroem
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            As in `fit`; also if the number of features changes.
+        """
+        self._check_arguments()
+        first = not hasattr(self, "_rng")
+        X = self._validate(X, reset=first)
+        if first:
+            self._forget()
+            # A copy, so that the caller's generator is not shared with the pickled state.
+            self._rng = copy.deepcopy(check_random_state(self.random_state))
+            self.n_samples_seen_ = 0
+        with _threads(self.n_jobs):
+            self._stream(X, self._rng)
+            self._finish_stream(self._rng)
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Map rows to Nyström features.
+
+        Parameters
+        ----------
+        X : array of shape (n, n_features)
+            Rows; for ``kernel="precomputed"`` their kernel values with the training rows, of
+            shape (n, n_train).
+
+        Returns
+        -------
+        array of shape (n, m)
+            Features, in the library, dtype and device of X.
+
+        Raises
+        ------
+        ValueError
+            If the number of features differs from that of fit, or a value is not finite.
+        """
+        check_is_fitted(self, "normalization_")
+        X = self._validate(X, reset=False)
+        normalization = _cast(self.normalization_, X)
+        with _threads(self.n_jobs):
+            if _is_precomputed(self.kernel):
+                return X[:, self.component_indices_] @ normalization.T
+            components = _cast(self.components_, X)
+            result = _empty((len(X), len(normalization)), X)
+            # Kernel values of a tile of rows go straight into the product with the map.
+            tile = _empty((min(_TILE, len(X)), len(components)), X)
+            for start in range(0, len(X), _TILE):
+                rows = X[start : start + _TILE]
+                values = tile[: len(rows)]
+                pairwise_kernel(rows, components, self.kernel, out=values, **self._options())
+                matmul(values, normalization.T, result[start : start + len(rows)])
+        return result
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = _is_precomputed(self.kernel)
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    # -------------------------------------------------------------- choosing landmarks
+
+    def _fit_points(
+        self, points: Array, rng: np.random.RandomState, precomputed: Array | None = None
+    ) -> None:
+        """Choose landmarks among points that are all at hand."""
+        kernel, diagonal = self._kernel_functions(precomputed)
+        n = len(points)
+        if self.landmarks is not None:
+            self._use_landmarks(points, kernel, precomputed)
+        elif self.method in ("squeak", "ink"):
+            self._stream(points, rng, precomputed)
+            self._finish_stream(rng, precomputed)
+        elif self.method == "uniform":
+            m = 100 if self.n_components is None else self.n_components
+            if m > n:
+                warnings.warn(
+                    f"n_components={m} is more than the {n} rows; all rows are landmarks",
+                    stacklevel=3,
+                )
+            sample = uniform_sample(n, m, rng)
+            self._set(points, sample.indices, sample.weights, sample.scores, kernel, plain=True)
+        elif self.method == "exact":
+            m = 100 if self.n_components is None else self.n_components
+            sample = exact_leverage_sample(points, kernel, self.ridge, min(m, n), rng)
+            self._set(points, sample.indices, sample.weights, sample.scores, kernel)
+        elif self.method == "recursive":
+            m = int(np.ceil(np.sqrt(n))) if self.n_components is None else self.n_components
+            sample = recursive_leverage_sample(points, kernel, diagonal, min(m, n), rng)
+            self._set(points, sample.indices, sample.weights, sample.scores, kernel, plain=True)
+        else:
+            sample = bless_sample(points, kernel, diagonal, self.ridge, self._copies(), rng)
+            indices, weights, scores = sample
+            if self.n_components is not None and len(indices) > self.n_components:
+                keep = rng.choice(len(indices), self.n_components, replace=False)
+                weights = weights[keep] * len(indices) / len(keep)
+                indices, scores = indices[keep], scores[keep]
+            self._set(points, indices, weights, scores, kernel)
+
+    def _stream(
+        self, X: Array, rng: np.random.RandomState, precomputed: Array | None = None
+    ) -> None:
+        """Take in rows block by block; `_finish_stream` makes them attributes."""
+        starts = range(0, len(X), _BLOCK if self.method == "squeak" else len(X))
+        if self.method == "squeak":
+            kernel, _ = self._kernel_functions(precomputed)
+            for start in tqdm(starts, disable=not self.verbose, unit="block"):
+                rows = _own(X[start : start + _BLOCK])
+                check_finite("X", rows)
+                grown = expand(self._dictionary, rows, self._copies())
+                scores = squeak_scores(grown, kernel, self.ridge, self.eps)
+                self._dictionary = shrink(grown, scores, rng)
+        elif self.method == "ink":
+            self._stream_ink(X, rng, precomputed)
+        else:
+            self._stream_uniform(X, rng)
+        if precomputed is None:
+            self.n_samples_seen_ = (
+                self._dictionary.n_seen if self.method == "squeak" else self._n_streamed
+            )
+
+    def _stream_ink(self, X: Array, rng: np.random.RandomState, precomputed: Array | None) -> None:
+        if self._ink is None:
+            self._ink = INKStream(self.ridge, self._copies(), self.eps, "copies", "safe")
+        kernel, diagonal = self._kernel_functions(precomputed)
+        # INK-Estimate looks at every past point: all are kept, as the method demands.
+        self._points = X if self._points is None else _concatenate(self._points, X)
+        values = to_numpy(diagonal(X))
+        for i in tqdm(range(len(X)), disable=not self.verbose, unit="row"):
+            t = self._ink.n_seen
+            past = self._points[:t]
+            column = to_numpy(kernel(past, X[i : i + 1]))[:, 0] if t else np.empty(0)
+            self._ink.update(column, float(values[i]), rng)
+        self._n_streamed = self._ink.n_seen
+
+    def _stream_uniform(self, X: Array, rng: np.random.RandomState) -> None:
+        """Reservoir sampling: after t rows every set of m rows is as likely as any other."""
+        m = 100 if self.n_components is None else self.n_components
+        for i in range(len(X)):
+            t = self._n_streamed
+            self._n_streamed += 1
+            if len(self._reservoir) < m:
+                self._reservoir.append((t, _own(X[i : i + 1])))
+                continue
+            place = int(rng.randint(t + 1))
+            if place < m:
+                self._reservoir[place] = (t, _own(X[i : i + 1]))
+
+    def _finish_stream(self, rng: np.random.RandomState, precomputed: Array | None = None) -> None:
+        kernel, _ = self._kernel_functions(precomputed)
+        if self.method == "squeak":
+            dictionary = self._dictionary
+            if self.n_components is not None:
+                # Thinned by a generator of its own, so that the stream does not depend on it.
+                dictionary = thin(dictionary, self.n_components, copy.deepcopy(rng))
+            scores = squeak_scores(dictionary, kernel, self.ridge, self.eps) / (1 - self.eps)
+            self._set_points(
+                dictionary.points,
+                dictionary.indices,
+                dictionary.weights,
+                np.minimum(scores, 1),
+                kernel,
+            )
+        elif self._ink is not None:
+            result = self._ink.result()
+            indices, weights, scores = result.indices, result.weights, result.leverage_scores
+            if self.n_components is not None and len(indices) > self.n_components:
+                keep = copy.deepcopy(rng).choice(len(indices), self.n_components, replace=False)
+                weights = weights[keep] * len(indices) / len(keep)
+                indices, scores = indices[keep], scores[keep]
+            self._set(self._points, indices, weights, scores, kernel)
+            self.effective_dimension_ = result.effective_dimension
+        else:
+            points = self._reservoir[0][1]
+            for _, row in self._reservoir[1:]:
+                points = _concatenate(points, row)
+            indices = np.array([t for t, _ in self._reservoir])
+            m = len(indices)
+            weights = np.full(m, self._n_streamed / m)
+            self._set_points(points, indices, weights, np.full(m, np.nan), kernel, plain=True)
+
+    def _fit_chunks(self, chunks: Any, rng: np.random.RandomState) -> None:
+        """Dictionary a chunk, and a tree of merges."""
+        if self.method != "squeak" or self.landmarks is not None:
+            raise ValueError(
+                "X may be a Dask array or a sequence of chunks with method='squeak' only, "
+                f"got method={self.method!r}"
+            )
+        if _is_precomputed(self.kernel):
+            raise ValueError("X must be one matrix for kernel='precomputed', got chunks")
+        if hasattr(chunks, "to_delayed"):
+            self._dictionary = self._fit_dask(chunks, rng)
+            self.n_features_in_ = int(chunks.shape[1])
+        else:
+            kernel, _ = self._kernel_functions(None)
+            stack: list[tuple[int, Dictionary]] = []
+            for chunk in tqdm(chunks, disable=not self.verbose, unit="chunk"):
+                if not stack:
+                    self.n_features_in_ = np.shape(chunk)[1]
+                part = self._dictionary_of(chunk, int(rng.randint(2**31)))
+                level = 0
+                # Equal levels merge at once, so that few dictionaries are held.
+                while stack and stack[-1][0] == level:
+                    _, before = stack.pop()
+                    part = merge_dictionaries(before, part, kernel, self.ridge, self.eps, rng)
+                    level += 1
+                stack.append((level, part))
+            if not stack:
+                raise ValueError("X must hold at least one chunk, got none")
+            part = stack.pop()[1]
+            while stack:
+                before = stack.pop()[1]
+                part = merge_dictionaries(before, part, kernel, self.ridge, self.eps, rng)
+            self._dictionary = part
+        self.n_samples_seen_ = self._dictionary.n_seen
+        self._finish_stream(rng)
+
+    def _fit_dask(self, array: Any, rng: np.random.RandomState) -> Dictionary:
+        from dask.base import compute
+        from dask.delayed import delayed
+
+        if len(array.chunks[1]) > 1:
+            array = array.rechunk({1: -1})
+        worker = self._unfitted()
+        parts = [
+            delayed(_dictionary_of)(worker, block, int(rng.randint(2**31)))
+            for block in array.to_delayed()[:, 0]
+        ]
+        while len(parts) > 1:
+            parts = [
+                delayed(_merge_parts)(worker, *parts[i : i + 2], int(rng.randint(2**31)))
+                if i + 1 < len(parts)
+                else parts[i]
+                for i in range(0, len(parts), 2)
+            ]
+        (dictionary,) = compute(parts[0])
+        return dictionary
+
+    def _dictionary_of(self, chunk: Array, seed: int) -> Dictionary:
+        """Dictionary of one chunk alone."""
+        one = self._unfitted()
+        one._forget()
+        one._stream(one._validate(chunk, reset=True), check_random_state(seed))
+        if hasattr(self, "n_features_in_") and one.n_features_in_ != self.n_features_in_:
+            raise ValueError(
+                f"X must have chunks with {self.n_features_in_} features, got {one.n_features_in_}"
+            )
+        return one._dictionary
+
+    def _unfitted(self) -> "RidgeLeverageNystroem":
+        parameters = {**self.get_params(deep=False), "verbose": 0, "random_state": 0}
+        return RidgeLeverageNystroem(**parameters)
+
+    def _use_landmarks(self, points: Array, kernel: Any, precomputed: Array | None) -> None:
+        landmarks = self.landmarks
+        shape = np.shape(landmarks)
+        if len(shape) == 1:
+            indices = np.asarray(to_numpy(landmarks))
+            if indices.dtype.kind not in "iu":
+                raise ValueError(
+                    f"landmarks must be integers when they are positions, got {indices.dtype}"
+                )
+            n = len(points)
+            if not len(indices) or indices.min() < 0 or indices.max() >= n:
+                raise ValueError(f"landmarks must be positions in [0, {n}), got {landmarks!r:.100}")
+            if len(np.unique(indices)) < len(indices):
+                raise ValueError("landmarks must be distinct positions, got duplicates")
+            chosen = _take(points, indices)
+        elif len(shape) == 2 and precomputed is None and shape[1] == points.shape[1]:
+            chosen = _cast(landmarks, points)
+            check_finite("landmarks", chosen)
+            indices = np.full(shape[0], -1)
+        else:
+            raise ValueError(
+                f"landmarks must be positions of shape (m,), or points of shape "
+                f"(m, {points.shape[1]}) for a kernel that is not precomputed, got shape {shape}"
+            )
+        m = len(indices)
+        self._set_points(chosen, indices, np.ones(m), np.full(m, np.nan), kernel, plain=True)
+
+    # -------------------------------------------------------------- fitted attributes
+
+    def _set(
+        self,
+        points: Array,
+        indices: NDArray[np.int64],
+        weights: NDArray[np.float64],
+        scores: NDArray[np.float64],
+        kernel: Any,
+        *,
+        plain: bool = False,
+    ) -> None:
+        chosen = _own(_take(points, indices))
+        self._set_points(chosen, indices, weights, scores, kernel, plain=plain)
+
+    def _set_points(
+        self,
+        points: Array,
+        indices: NDArray[np.int64],
+        weights: NDArray[np.float64],
+        scores: NDArray[np.float64],
+        kernel: Any,
+        *,
+        plain: bool = False,
+    ) -> None:
+        self.component_indices_ = indices
+        self.weights_ = weights
+        self.leverage_scores_ = scores
+        if not _is_precomputed(self.kernel):
+            self.components_ = points
+        self.normalization_, self.effective_dimension_ = nystroem_map(
+            kernel(points, None), None if plain else weights, self.ridge
+        )
+        self._n_features_out = len(indices)
+
+    def _kernel_functions(self, precomputed: Array | None) -> tuple[Any, Any]:
+        if precomputed is None:
+            options = self._options()
+
+            def kernel(X: Array, Y: Array | None) -> Array:
+                return pairwise_kernel(X, Y, self.kernel, **options)
+
+            def diagonal(X: Array) -> Array:
+                return kernel_diag(X, self.kernel, **options)
+
+        else:
+            # Points are rows of positions, and the kernel looks their values up.
+            def kernel(X: Array, Y: Array | None) -> Array:
+                return precomputed[np.ix_(X[:, 0], (X if Y is None else Y)[:, 0])]
+
+            def diagonal(X: Array) -> Array:
+                return precomputed.diagonal()[X[:, 0]]
+
+        return kernel, diagonal
+
+    def _options(self) -> dict[str, Any]:
+        return {"gamma": self.gamma, "degree": self.degree, "coef0": self.coef0}
+
+    def _copies(self) -> int:
+        return _DEFAULT_BUDGET[self.method] if self.budget is None else self.budget
+
+    def _forget(self) -> None:
+        """Drop what a previous fit or stream left."""
+        for name in [n for n in vars(self) if n.endswith("_") and not n.startswith("_")]:
+            if name not in ("n_features_in_", "feature_names_in_"):
+                delattr(self, name)
+        self.__dict__.pop("_rng", None)
+        self._dictionary = None
+        self._ink = None
+        self._points = None
+        self._reservoir = []
+        self._n_streamed = 0
+
+    def _validate(self, X: Any, *, reset: bool) -> Array:
+        if array_library(X) == "numpy":
+            return validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
+        if X.ndim != 2 or not str(X.dtype).endswith(("float32", "float64")):
+            raise ValueError(
+                f"X must be a float32 or float64 matrix, got {X.dtype} of shape {tuple(X.shape)}"
+            )
+        check_finite("X", X)
+        if reset:
+            self.n_features_in_ = int(X.shape[1])
+        elif X.shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"X has {X.shape[1]} features, but {type(self).__name__} is expecting "
+                f"{self.n_features_in_} features as input"
+            )
+        return X
+
+    def _check_arguments(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_interval("ridge", self.ridge, 0, closed="neither")
+        check_interval("eps", self.eps, 0, 1, closed="neither")
+        if self.n_components is not None:
+            check_integer("n_components", self.n_components, 1)
+        if self.budget is not None:
+            check_integer("budget", self.budget, 1)
+
+
+def merge(
+    a: RidgeLeverageNystroem,
+    b: RidgeLeverageNystroem,
+    *,
+    random_state: int | np.random.RandomState | None = None,
+) -> RidgeLeverageNystroem:
+    """Merge two estimators that were fitted on disjoint data into one for all of it.
+
+    If the dictionaries of both are eps-accurate for their data, the merged one is eps-accurate
+    for the union, with the same probability as if one stream had been read, provided `budget`
+    is of the order that theory asks for. Merging is associative in distribution, so any tree of
+    merges over any number of pieces will do.
+
+    Parameters
+    ----------
+    a, b : RidgeLeverageNystroem
+        Fitted with ``method="squeak"`` and the same kernel, ridge, eps and budget.
+    random_state : int, RandomState instance or None, default=None
+        Seed of the sampling.
+
+    Returns
+    -------
+    RidgeLeverageNystroem
+        New estimator; `component_indices_` of b follow those of a. It can go on with
+        `partial_fit`.
+
+    Raises
+    ------
+    ValueError
+        If an estimator was not fitted by SQUEAK, or a parameter differs.
+
+    References
+    ----------
+    .. [1] D. Calandriello, A. Lazaric, M. Valko, AISTATS 2017. arXiv:1803.10172
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sciml.kernels import RidgeLeverageNystroem, merge
+    >>> X = np.random.default_rng(0).standard_normal((400, 3))
+    >>> a, b = (RidgeLeverageNystroem(random_state=0).fit(half) for half in (X[:200], X[200:]))
+    >>> merge(a, b, random_state=0).n_samples_seen_
+    400
+    """
+    for name, one in (("a", a), ("b", b)):
+        check_is_fitted(one, "normalization_")
+        if one.method != "squeak" or one.landmarks is not None or one._dictionary is None:
+            raise ValueError(f"{name} must be fitted with method='squeak', got {one!r}")
+        if _is_precomputed(one.kernel):
+            raise ValueError(f"{name} must have a kernel that is not precomputed")
+    names = ("kernel", "gamma", "degree", "coef0", "ridge", "eps", "budget")
+    for name in names:
+        if getattr(a, name) != getattr(b, name):
+            raise ValueError(
+                f"{name} of a and b must be the same, got {getattr(a, name)!r} and "
+                f"{getattr(b, name)!r}"
+            )
+    if a.n_features_in_ != b.n_features_in_:
+        raise ValueError(
+            f"a and b must have as many features, got {a.n_features_in_} and {b.n_features_in_}"
+        )
+    merged = RidgeLeverageNystroem(**a.get_params(deep=False))
+    merged._forget()
+    rng = copy.deepcopy(check_random_state(random_state))
+    kernel, _ = merged._kernel_functions(None)
+    merged._dictionary = merge_dictionaries(
+        a._dictionary, b._dictionary, kernel, a.ridge, a.eps, rng
+    )
+    merged.n_features_in_ = a.n_features_in_
+    merged.n_samples_seen_ = merged._dictionary.n_seen
+    merged._rng = rng
+    merged._finish_stream(rng)
+    return merged
+
+
+def _dictionary_of(worker: RidgeLeverageNystroem, chunk: Array, seed: int) -> Dictionary:
+    return worker._dictionary_of(chunk, seed)
+
+
+def _merge_parts(
+    worker: RidgeLeverageNystroem, a: Dictionary, b: Dictionary, seed: int
+) -> Dictionary:
+    kernel, _ = worker._kernel_functions(None)
+    return merge_dictionaries(a, b, kernel, worker.ridge, worker.eps, check_random_state(seed))
+
+
+def _chunks(X: Any) -> Any:
+    """X if it is a Dask array or comes in two-dimensional chunks, else None."""
+    if "dask" in sys.modules and hasattr(X, "to_delayed") and hasattr(X, "chunks"):
+        return X
+    if isinstance(X, (list, tuple)):
+        return X if X and all(getattr(chunk, "ndim", 0) == 2 for chunk in X) else None
+    return X if isinstance(X, Iterator) else None
+
+
+def _is_precomputed(kernel: Any) -> bool:
+    return isinstance(kernel, str) and kernel == "precomputed"
+
+
+def _own(rows: Array) -> Array:
+    """Rows that do not keep the array alive which they were taken from."""
+    return rows.clone() if array_library(rows) == "torch" else np.array(rows, copy=True)
+
+
+def _cast(values: Array, like: Array) -> Array:
+    library = array_library(like)
+    if library == "torch":
+        import torch
+
+        return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    if library == "cupy":
+        import cupy
+
+        return cupy.asarray(values, dtype=like.dtype)
+    return np.asarray(to_numpy(values), dtype=like.dtype)
+
+
+def _empty(shape: tuple[int, int], like: Array) -> Array:
+    library = array_library(like)
+    if library == "torch":
+        import torch
+
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    if library == "cupy":
+        import cupy
+
+        return cupy.empty(shape, dtype=like.dtype)
+    return np.empty(shape, dtype=like.dtype)
+
+
+@contextmanager
+def _threads(n_jobs: int | None) -> Iterator[None]:
+    if n_jobs is None:
+        yield
+        return
+    with threadpool_limits(limits=effective_n_jobs(n_jobs)):
+        yield

@@ -1,0 +1,293 @@
+"""SQUEAK: choose landmarks in one pass, by ridge leverage scores estimated from the landmarks.
+
+The state is a *dictionary* of points, each with a probability p~ and a number of copies out of
+q. New points enter with p~ = 1 and all q copies; then every score is estimated with the points
+in the dictionary alone, probabilities fall to ``min(p~, tau~)``, and copies are thinned
+binomially [1]_. A point's weight ``copies / (q p~)`` keeps every sum over the dictionary
+unbiased for the sum over all points seen.
+
+    tau~_i = (1 - eps)/ridge (k_ii - k_i' S (S' K S + ridge I)^{-1} S' k_i)
+
+Points that enter with weight 1 add no error, so any number may enter at once: blocks give the
+guarantee of single arrivals at a fraction of the cost. When two dictionaries are merged both
+bring an error, which the ridge inside, ``(1 + eps) ridge``, accounts for.
+
+References
+----------
+.. [1] D. Calandriello, A. Lazaric, M. Valko, "Distributed adaptive sampling for kernel matrix
+   approximation", AISTATS 2017. arXiv:1803.10172
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sciml.kernels.linear_algebra import array_library, cholesky, solve_lower, to_numpy
+
+__all__ = ["Dictionary", "expand", "merge_dictionaries", "shrink", "squeak_scores", "thin"]
+
+Array = Any
+Kernel = Callable[[Array, Array | None], Array]
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """Points that stand for all points seen.
+
+    Attributes
+    ----------
+    points : array of shape (m, n_features)
+        The points themselves.
+    indices : ndarray of shape (m,)
+        Their positions in the stream.
+    probabilities : ndarray of shape (m,)
+        Their inclusion probabilities p~.
+    copies : ndarray of shape (m,)
+        Copies left, out of `budget`.
+    budget : float
+        Copies q that a point enters with.
+    n_seen : int
+        Points seen so far.
+    """
+
+    points: Array
+    indices: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    copies: NDArray[np.int64]
+    budget: float
+    n_seen: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Importance weights ``copies / (budget p~)``, of shape (m,)."""
+        return self.copies / (self.budget * self.probabilities)
+
+
+def expand(dictionary: Dictionary | None, points: Array, budget: int) -> Dictionary:
+    """Add points with probability 1 and all their copies.
+
+    Parameters
+    ----------
+    dictionary : Dictionary or None
+        What there is; None at the start.
+    points : array of shape (n, n_features)
+        New points of the stream.
+    budget : int
+        Copies q a point.
+
+    Returns
+    -------
+    Dictionary
+    """
+    n = len(points)
+    start = 0 if dictionary is None else dictionary.n_seen
+    new = Dictionary(
+        points,
+        np.arange(start, start + n),
+        np.ones(n),
+        np.full(n, budget),
+        float(budget),
+        start + n,
+    )
+    return new if dictionary is None else _union(dictionary, new, n_seen=start + n)
+
+
+def squeak_scores(
+    dictionary: Dictionary, kernel: Kernel, ridge: float, eps: float, *, merged: bool = False
+) -> NDArray[np.float64]:
+    """Estimate ridge leverage scores from the points of a dictionary.
+
+    Parameters
+    ----------
+    dictionary : Dictionary
+        Dictionary with its weights.
+    kernel : callable
+        ``kernel(X, Y)`` returns the kernel matrix.
+    ridge : float
+        Ridge of the scores.
+    eps : float
+        Accuracy in (0, 1).
+    merged : bool, default=False
+        Whether the dictionary is the union of two that were sampled.
+
+    Returns
+    -------
+    ndarray of shape (m,)
+        Estimates between tau / alpha and tau if the dictionary is eps-accurate, with alpha
+        = (1 + eps)/(1 - eps), or (1 + 3 eps)/(1 - eps) when merged; clipped to [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the kernel is not positive semidefinite.
+    """
+    K = kernel(dictionary.points, None)
+    root = _like(np.sqrt(dictionary.weights), K)
+    weighted = root[:, None] * K  # S'K
+    inside = (1 + eps) * ridge if merged else ridge
+    system = weighted * root
+    system.reshape(-1)[:: len(K) + 1] += inside
+    try:
+        factor = cholesky(system)
+    except np.linalg.LinAlgError:
+        raise ValueError(
+            "kernel must be positive semidefinite, but its matrix on some of the points has a "
+            "negative eigenvalue"
+        ) from None
+    half = solve_lower(factor, weighted)
+    residual = to_numpy(K.diagonal() - (half * half).sum(0)).astype(np.float64)
+    scale = float(np.abs(to_numpy(K.diagonal())).max())
+    if residual.min() < -1e-3 * scale:
+        raise ValueError(
+            "kernel must be positive semidefinite, but a point is farther than its own length "
+            f"from the others (residual {residual.min():.3g})"
+        )
+    return np.clip((1 - eps) / ridge * residual, 0, 1)
+
+
+def shrink(
+    dictionary: Dictionary, scores: NDArray[np.float64], rng: np.random.RandomState
+) -> Dictionary:
+    """Lower probabilities to the scores and thin the copies accordingly.
+
+    Parameters
+    ----------
+    dictionary : Dictionary
+        Dictionary to thin.
+    scores : ndarray of shape (m,)
+        Estimated scores.
+    rng : numpy.random.RandomState
+        Draws the binomials.
+
+    Returns
+    -------
+    Dictionary
+        Without the points that lost all copies, except that the newest always stays.
+    """
+    probabilities = np.minimum(np.maximum(scores, np.finfo(float).tiny), dictionary.probabilities)
+    copies = rng.binomial(dictionary.copies, probabilities / dictionary.probabilities)
+    if not copies.any():
+        # An empty dictionary could never estimate a score again.
+        newest = int(dictionary.indices.argmax())
+        copies[newest], probabilities[newest] = dictionary.copies[newest], 1.0
+    keep = np.flatnonzero(copies)
+    return replace(
+        dictionary,
+        points=_take(dictionary.points, keep),
+        indices=dictionary.indices[keep],
+        probabilities=probabilities[keep],
+        copies=copies[keep],
+    )
+
+
+def merge_dictionaries(
+    a: Dictionary,
+    b: Dictionary,
+    kernel: Kernel,
+    ridge: float,
+    eps: float,
+    rng: np.random.RandomState,
+) -> Dictionary:
+    """Merge the dictionaries of two streams into one for both, as if b had followed a.
+
+    Parameters
+    ----------
+    a, b : Dictionary
+        Dictionaries of disjoint sets of points, with the same budget.
+    kernel, ridge, eps, rng
+        As in `squeak_scores` and `shrink`.
+
+    Returns
+    -------
+    Dictionary
+        eps-accurate with high probability if both were; indices of b follow those of a.
+    """
+    both = _union(a, replace(b, indices=b.indices + a.n_seen), n_seen=a.n_seen + b.n_seen)
+    return shrink(both, squeak_scores(both, kernel, ridge, eps, merged=True), rng)
+
+
+def thin(dictionary: Dictionary, n_components: int, rng: np.random.RandomState) -> Dictionary:
+    """Take copies away at random until at most `n_components` points are left.
+
+    The result is what a smaller budget would have given, so weights stay unbiased.
+
+    Parameters
+    ----------
+    dictionary : Dictionary
+        Dictionary to thin.
+    n_components : int
+        Largest number of points.
+    rng : numpy.random.RandomState
+        Draws the binomials.
+
+    Returns
+    -------
+    Dictionary
+    """
+    while len(dictionary) > n_components:
+        share = max(0.5, min(0.95, n_components / len(dictionary)))
+        copies = rng.binomial(dictionary.copies, share)
+        if not copies.any():
+            copies[int(rng.randint(len(copies)))] = 1
+        keep = np.flatnonzero(copies)
+        dictionary = replace(
+            dictionary,
+            points=_take(dictionary.points, keep),
+            indices=dictionary.indices[keep],
+            probabilities=dictionary.probabilities[keep],
+            copies=copies[keep],
+            budget=dictionary.budget * share,
+        )
+    return dictionary
+
+
+def _union(a: Dictionary, b: Dictionary, *, n_seen: int) -> Dictionary:
+    return Dictionary(
+        _concatenate(a.points, b.points),
+        np.concatenate([a.indices, b.indices]),
+        np.concatenate([a.probabilities, b.probabilities]),
+        np.concatenate([a.copies, b.copies]),
+        a.budget,
+        n_seen,
+    )
+
+
+def _concatenate(a: Array, b: Array) -> Array:
+    library = array_library(a)
+    if library == "torch":
+        import torch
+
+        return torch.cat([a, b])
+    if library == "cupy":
+        import cupy
+
+        return cupy.concatenate([a, b])
+    return np.concatenate([a, b])
+
+
+def _take(points: Array, keep: NDArray[np.int64]) -> Array:
+    if array_library(points) == "torch":
+        import torch
+
+        return points[torch.as_tensor(keep, device=points.device)]
+    return points[keep]
+
+
+def _like(values: NDArray[np.float64], array: Array) -> Array:
+    """`values` in the library, dtype and device of `array`."""
+    library = array_library(array)
+    if library == "torch":
+        import torch
+
+        return torch.as_tensor(values, dtype=array.dtype, device=array.device)
+    if library == "cupy":
+        import cupy
+
+        return cupy.asarray(values, dtype=array.dtype)
+    return values.astype(array.dtype)
