@@ -121,7 +121,11 @@ def generalization_bound(
         )
     if machine.X_fit_ is None:
         raise ValueError("machine must keep its training samples, got kernel='precomputed'")
-    kernel = {"gamma": machine.gamma, "degree": machine.degree, "coef0": machine.coef0}
+    kernel: dict[str, Any] = {
+        "gamma": machine.gamma,
+        "degree": machine.degree,
+        "coef0": machine.coef0,
+    }
     X = machine.X_fit_.astype(np.float64)
     dual = machine.dual_coef_.astype(np.float64)
     n = len(X)
