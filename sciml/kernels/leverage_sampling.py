@@ -198,9 +198,13 @@ def nystroem_map(
     """
     if weights is None:
         values, vectors = eigh(K)
-        scale = _like(1 / np.sqrt(np.maximum(to_numpy(values).astype(float), 1e-12)), K)
         spectrum = np.maximum(to_numpy(values).astype(float), 0)
-        return (vectors * scale) @ vectors.T, float((spectrum / (spectrum + ridge)).sum())
+        # Directions at rounding level are noise: scaling them up would only amplify it.
+        eps = np.finfo(str(K.dtype).replace("torch.", "")).eps
+        noise = spectrum <= eps * len(spectrum) * spectrum.max()
+        inverse = np.where(noise, 0, 1 / np.sqrt(np.where(noise, 1, spectrum)))
+        dimension = float((spectrum / (spectrum + ridge)).sum())
+        return (vectors * _like(inverse, K)) @ vectors.T, dimension
     root = _like(np.sqrt(weights), K)
     values, vectors = eigh(root[:, None] * K * root)
     spectrum = np.maximum(to_numpy(values).astype(float), 0)

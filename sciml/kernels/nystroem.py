@@ -255,7 +255,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     @available_if(_streams)
     def partial_fit(self, X: Any, y: Any = None) -> "RidgeLeverageNystroem":
-        """Take in more rows of a stream.
+        """Take in more rows of a stream, after earlier calls or after `fit`.
 
         Stopped between calls, the estimator can be pickled and goes on bit-identically; an
         interrupt within a call leaves whole blocks done.
@@ -345,6 +345,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         elif self.method in ("squeak", "ink"):
             self._stream(points, rng, precomputed)
             self._finish_stream(rng, precomputed)
+            self._rng = copy.deepcopy(rng)  # partial_fit goes on from here
         elif self.method == "uniform":
             m = 100 if self.n_components is None else self.n_components
             if m > n:
@@ -354,6 +355,9 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 )
             sample = uniform_sample(n, m, rng)
             self._set(points, sample.indices, sample.weights, sample.scores, kernel, plain=True)
+            # m rows drawn from n are a reservoir after n rows: partial_fit goes on from it.
+            self._reservoir = [(int(i), _own(points[i : i + 1])) for i in sample.indices]
+            self._n_streamed, self._rng = n, copy.deepcopy(rng)
         elif self.method == "exact":
             m = 100 if self.n_components is None else self.n_components
             sample = exact_leverage_sample(points, kernel, self.ridge, min(m, n), rng)
@@ -488,6 +492,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._dictionary = part
         self.n_samples_seen_ = self._dictionary.n_seen
         self._finish_stream(rng)
+        self._rng = copy.deepcopy(rng)
 
     def _fit_dask(self, array: Any, rng: np.random.RandomState) -> Dictionary:
         from dask.base import compute

@@ -134,7 +134,7 @@ def effective_dimension(
     --------
     >>> import numpy as np
     >>> from sciml.kernels import effective_dimension
-    >>> effective_dimension(np.eye(3), ridge=1.0)
+    >>> round(effective_dimension(np.eye(3), ridge=1.0), 6)
     1.5
     """
     scores = ridge_leverage_scores(X, ridge, kernel=kernel, gamma=gamma, degree=degree, coef0=coef0)
