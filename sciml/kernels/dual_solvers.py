@@ -194,7 +194,8 @@ def minimize_logistic(
         length = 1.0
         while length > 1e-10:
             trial = _logistic_objective(b + length * step, f + length * change, y, weight)
-            if trial <= objective + 1e-4 * length * slope:
+            # Near the end rounding hides the decrease, which is no reason for shorter steps.
+            if trial <= objective + 1e-4 * length * slope + 1e-14 * abs(objective):
                 break
             length /= 2
         b = b + length * step
