@@ -1,3 +1,5 @@
 """Training without backpropagation: every layer learns from its own loss."""
 
-__all__: list[str] = []
+from sciml.layerwise.local_training import train_locally
+
+__all__ = ["train_locally"]
