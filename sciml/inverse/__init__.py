@@ -1,6 +1,7 @@
 """Learned priors and reconstruction for inverse problems."""
 
 from .lpn import FullyConnectedLPN, LearnedProximalNetwork, PatchLPN, ProximalOperator
+from .lpn_denoiser import LPNDenoiser
 from .lpn_prior import Inversion, LPNPrior, invert
 from .lpn_training import TrainingHistory, project_after_step, train_lpn
 from .pnp import ConvergenceCertificate, convergence_certificate, pnp_admm
@@ -14,6 +15,7 @@ __all__ = [
     "ConvergenceCertificate",
     "FullyConnectedLPN",
     "Inversion",
+    "LPNDenoiser",
     "LPNPrior",
     "LearnedProximalNetwork",
     "PatchLPN",

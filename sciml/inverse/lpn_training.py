@@ -359,7 +359,7 @@ def _load_checkpoint(
         metadata = (file.metadata() or {}).get("training")
         if metadata is None:
             raise ValueError(f"resume_from must be written by train_lpn, got {str(path)!r}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     state = json.loads(metadata)
     stored = ProximalMatchingSchedule.from_stages(state["stages"])
     if stored != schedule:

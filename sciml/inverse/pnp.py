@@ -257,7 +257,10 @@ def convergence_certificate(
     a, b = torch.randn(2, 1, *img_size, generator=generator, dtype=own.dtype).to(own.device)
     norm = float("nan")
     linear = isinstance(physics, LinearPhysics)
-    with torch.no_grad():
+    # deepinv's power iteration draws its start from torch's global generator.
+    cuda = [own.device] if own.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(0)
         if linear:
             apart, together = physics.A(a) + physics.A(b), physics.A(a + b)
             error = (together - apart).norm() / together.norm().clamp(min=1e-12)
