@@ -175,7 +175,7 @@ def bless_sample(
 
 
 def nystroem_map(
-    K: Array, weights: NDArray[np.float64] | None, ridge: float
+    K: Array, weights: NDArray[np.float64] | None, ridge: float, *, cutoff: float = 0.0
 ) -> tuple[Array, float]:
     """Matrix that turns kernel values with landmarks into features, and the effective dimension.
 
@@ -188,6 +188,9 @@ def nystroem_map(
         unregularised ``C K^{-1} C'``.
     ridge : float
         Ridge.
+    cutoff : float, default=0.0
+        Without weights, directions with eigenvalues below this share of the largest are left
+        out; at least those at rounding level are.
 
     Returns
     -------
@@ -201,7 +204,7 @@ def nystroem_map(
         spectrum = np.maximum(to_numpy(values).astype(float), 0)
         # Directions at rounding level are noise: scaling them up would only amplify it.
         eps = np.finfo(str(K.dtype).replace("torch.", "")).eps
-        noise = spectrum <= eps * len(spectrum) * spectrum.max()
+        noise = spectrum <= max(cutoff, eps * len(spectrum)) * spectrum.max()
         inverse = np.where(noise, 0, 1 / np.sqrt(np.where(noise, 1, spectrum)))
         dimension = float((spectrum / (spectrum + ridge)).sum())
         return (vectors * _like(inverse, K)) @ vectors.T, dimension

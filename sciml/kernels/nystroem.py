@@ -182,6 +182,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     _points: Array
     _reservoir: list[tuple[int, Array]]
     _n_streamed: int
+    _plain: bool  # whether features are those of C K^{-1} C', without weights and ridge
 
     def __init__(
         self,
@@ -587,6 +588,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.leverage_scores_ = scores
         if not _is_precomputed(self.kernel):
             self.components_ = points
+        self._plain = plain
         self.normalization_, self.effective_dimension_ = nystroem_map(
             kernel(points, None), None if plain else weights, self.ridge
         )

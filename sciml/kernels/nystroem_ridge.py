@@ -36,6 +36,7 @@ from sklearn.utils.validation import (
 )
 
 from sciml._check import check_choice, check_finite, check_integer, check_interval
+from sciml.kernels.leverage_sampling import nystroem_map
 from sciml.kernels.linear_algebra import array_library, cholesky, matmul, solve_lower, to_numpy
 from sciml.kernels.nystroem import RidgeLeverageNystroem, _cast, _empty
 from sciml.kernels.pairwise import KernelLike, kernel_matmul, pairwise_kernel
@@ -56,8 +57,9 @@ def _streams(model: "_NystroemModel") -> bool:
 class _NystroemModel(BaseEstimator):
     """Solver shared by regression and classification."""
 
-    _gram: Any
+    _gram: Any  # Z'WZ of the rows so far, None before the first
     _moment: Any
+    _map: NDArray[np.float64]
 
     def __init__(
         self,
@@ -113,33 +115,36 @@ class _NystroemModel(BaseEstimator):
     def _stream_targets(self, X: Array, Y: Array, weight: NDArray[np.float64] | None) -> None:
         """Take in rows: renew the landmarks, carry the statistics over, add the new rows."""
         self._check_arguments()
-        if self._is_new():
+        new = self._is_new()
+        if new:
             self.nystroem_ = self._selector()
-            self._gram = self._moment = old_indices = old_components = None
+            self._gram = self._moment = None
         else:
-            old_indices = self.nystroem_.component_indices_
-            old_components = self.nystroem_.components_
+            before = self.nystroem_.component_indices_, self.nystroem_.components_, self._map
         rows = X if weight is None else X[np.flatnonzero(weight > 0)]
         if len(rows):
             self.nystroem_.partial_fit(rows)
-        elif old_indices is None:
+        elif new:
             raise ValueError("sample_weight must be positive for at least one row, got zeros")
-        if old_indices is not None:
-            self._carry_over(old_indices, old_components)
         gram, moment = self._statistics(X, Y, weight)
-        self._gram = gram if self._gram is None else self._gram + gram
-        self._moment = moment if self._moment is None else self._moment + moment
+        if not new:
+            carry = self._carry_over(*before)
+            gram += carry.T @ self._gram @ carry
+            moment += carry.T @ self._moment
+        self._gram, self._moment = gram, moment
         self._solve()
 
     def _is_new(self) -> bool:
         """Whether there are no statistics yet to go on from."""
         return getattr(self, "_gram", None) is None
 
-    def _carry_over(self, old_indices: NDArray[np.int64], old_components: Array) -> None:
-        """Express the statistics of past rows in the new landmarks.
+    def _carry_over(
+        self, old_indices: NDArray[np.int64], old_components: Array, old_map: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Matrix from old features of past rows to their new ones.
 
-        Landmarks that stay keep their rows and columns exactly. The kernel values of past rows
-        with new landmarks are gone; they are those of the projection onto the old landmarks.
+        Landmarks that stay keep their kernel values with past rows exactly. Those of new
+        landmarks are gone; they are replaced by the projection onto the old landmarks.
         """
         new = self.nystroem_
         place = {int(index): i for i, index in enumerate(old_indices)}
@@ -152,41 +157,61 @@ class _NystroemModel(BaseEstimator):
             options = self._options()
             K = to_numpy(pairwise_kernel(old_components, None, self.kernel, **options))
             across = pairwise_kernel(old_components, new.components_[fresh], self.kernel, **options)
-            K = K.astype(float) + 1e-8 * float(K.diagonal().max()) * np.eye(len(K))
-            transfer[:, fresh] = np.linalg.solve(K, to_numpy(across).astype(float))
-        self._gram = transfer.T @ self._gram @ transfer
-        self._moment = transfer.T @ self._moment
+            transfer[:, fresh] = np.linalg.pinv(K.astype(float), rcond=1e-10, hermitian=True) @ (
+                to_numpy(across).astype(float)
+            )
+        return np.linalg.pinv(old_map.T, rcond=1e-12) @ transfer @ self._map.T
 
     def _statistics(
         self, X: Array, Y: Array, weight: NDArray[np.float64] | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return ``C'C`` and ``C'Y`` for the kernel values C of the rows with the landmarks."""
+        """Return ``Z'WZ`` and ``Z'WY`` for the features of the rows, tile by tile."""
+        self._set_map(X)
         components = _cast(self.nystroem_.components_, X)
+        to_features = _cast(self._map, X)
         m = len(components)
         gram, moment = np.zeros((m, m)), np.zeros((m, Y.shape[1]))
         tile = _empty((min(_TILE, len(X)), m), X)
+        mapped = _empty(tile.shape, X) if self.nystroem_._plain else None
         for start in range(0, len(X), _TILE):
             rows = X[start : start + _TILE]
             C = tile[: len(rows)]
             pairwise_kernel(rows, components, self.kernel, out=C, **self._options())
-            targets = Y[start : start + _TILE]
+            if mapped is not None:
+                # Without the ridge the map is ill conditioned: it must act before the square.
+                Z = mapped[: len(rows)]
+                matmul(C, to_features.T, Z)
+                C = Z
             scaled = C
             if weight is not None:
                 scaled = C * _cast(weight[start : start + _TILE, None], X)
             gram += to_numpy(scaled.T @ C)
-            moment += to_numpy(scaled.T @ targets)
+            moment += to_numpy(scaled.T @ Y[start : start + _TILE])
+        if mapped is None:
+            gram, moment = self._map @ gram @ self._map.T, self._map @ moment
         return gram, moment
 
+    def _set_map(self, X: Array) -> None:
+        """Set the map from kernel values to features, in float64, without its noisiest part."""
+        nystroem = self.nystroem_
+        K = to_numpy(pairwise_kernel(nystroem.components_, None, self.kernel, **self._options()))
+        precision = np.finfo(str(X.dtype).replace("torch.", "")).eps
+        self._map, _ = nystroem_map(
+            K.astype(float),
+            None if nystroem._plain else nystroem.weights_,
+            nystroem.ridge,
+            cutoff=float(precision) ** (2 / 3),
+        )
+
     def _solve(self) -> None:
-        """Solve the m x m problem in the coordinates of the features, where it is well posed."""
-        to_features = to_numpy(self.nystroem_.normalization_).astype(float)
-        system = to_features @ self._gram @ to_features.T
+        """Solve the m x m problem."""
+        system = self._gram.copy()
         system[np.diag_indices_from(system)] += self.alpha
         factor = cholesky(system)
-        half = solve_lower(factor, to_features @ self._moment)
+        half = solve_lower(factor, self._moment)
         theta = solve_lower(factor, half, transposed=True)
         self.n_iter_ = 1
-        self._set_coefficients(to_features.T @ theta)
+        self._set_coefficients(self._map.T @ theta)
 
     def _solve_cg(self, X: Array, Y: Array, weight: NDArray[np.float64] | None) -> None:
         """Preconditioned conjugate gradients on the feature problem, all targets at once.
@@ -195,11 +220,11 @@ class _NystroemModel(BaseEstimator):
         their sums are unbiased for those over all rows.
         """
         nystroem = self.nystroem_
-        dtype = np.float64
-        normalization = to_numpy(nystroem.normalization_).astype(dtype)
+        self._set_map(X)
+        normalization = self._map
         components = _cast(nystroem.components_, X)
         own = to_numpy(pairwise_kernel(components, None, self.kernel, **self._options()))
-        landmark_features = own.astype(dtype) @ normalization.T
+        landmark_features = own.astype(float) @ normalization.T
         total = float(len(X) if weight is None else weight.sum())
         share = nystroem.weights_ / nystroem.weights_.sum() * total
         system = (landmark_features * share[:, None]).T @ landmark_features
@@ -705,5 +730,9 @@ def _weights(X: Array, sample_weight: Any) -> NDArray[np.float64] | None:
         return None
     first = to_numpy(X[:, :1])
     return _check_sample_weight(
-        to_numpy(sample_weight), first, dtype=np.float64, ensure_non_negative=True
+        to_numpy(sample_weight),
+        first,
+        dtype=np.float64,
+        ensure_non_negative=True,
+        allow_all_zero_weights=True,  # partial_fit may meet a block that does not count
     )

@@ -1,0 +1,412 @@
+"""Ridge-leverage Nyström: guarantees, agreement with scikit-learn, streams, merges, bad input."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.kernel_approximation import Nystroem
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from sciml.kernels import (
+    NTK,
+    RidgeLeverageNystroem,
+    effective_dimension,
+    merge,
+    pairwise_kernel,
+    ridge_leverage_scores,
+)
+from sciml.kernels.squeak import expand, merge_dictionaries, shrink, squeak_scores
+
+METHODS = ("squeak", "ink", "bless", "recursive", "exact", "uniform")
+
+
+def clustered(n=600, seed=0):
+    rng = np.random.default_rng(seed)
+    blob = rng.normal(0, 0.15, (n - n // 10, 2))
+    return rng.permutation(np.concatenate([blob, rng.normal(4, 3, (n // 10, 2))]))
+
+
+def rbf(X, Y=None):
+    return pairwise_kernel(X, Y, gamma=1.0)
+
+
+def spectral_error(K, Z):
+    return np.linalg.norm(K - Z @ Z.T, 2)
+
+
+@parametrize_with_checks(
+    [RidgeLeverageNystroem(method=method) for method in METHODS]
+    + [RidgeLeverageNystroem(method="uniform", n_components=5)]
+)
+def test_sklearn_contract(estimator, check):
+    check(estimator)
+
+
+def test_all_points_kept_gives_the_exact_scores():
+    X = clustered(80)
+    dictionary = expand(None, X, 10)
+    np.testing.assert_allclose(
+        squeak_scores(dictionary, rbf, 0.5, 0.3),
+        0.7 * ridge_leverage_scores(rbf(X), 0.5),
+        atol=1e-10,
+    )
+
+
+def test_squeak_scores_bracket_the_true_ones():
+    """Between tau / alpha and tau for the accuracy that the dictionary really has."""
+    X = clustered(300)
+    K, ridge = rbf(X), 1.0
+    fitted = RidgeLeverageNystroem(gamma=1.0, budget=400, random_state=0).fit(X)
+    values, vectors = np.linalg.eigh(K)
+    Psi = (vectors * np.sqrt(np.maximum(values, 0) / (np.maximum(values, 0) + ridge))) @ vectors.T
+    S = np.zeros(300)
+    S[fitted.component_indices_] = fitted.weights_
+    eps = np.linalg.norm(Psi @ np.diag(1 - S) @ Psi, 2)
+    assert eps < 0.5
+    exact = ridge_leverage_scores(K, ridge)[fitted.component_indices_]
+    estimate = fitted.leverage_scores_ * (1 - eps)
+    assert (estimate <= exact + 1e-9).all()
+    assert (estimate >= exact * (1 - eps) / (1 + eps) - 1e-9).all()
+    # and the guarantee that follows from it
+    Z = fitted.transform(X)
+    error = np.linalg.eigvalsh(K - Z @ Z.T)
+    assert error.min() > -1e-9
+    assert error.max() <= ridge / (1 - eps) + 1e-9
+
+
+def test_weights_are_unbiased_over_seeds():
+    X = clustered(80)
+    weights = np.zeros((300, 80))
+    for seed in range(300):
+        fitted = RidgeLeverageNystroem(gamma=1.0, budget=10, random_state=seed).fit(X)
+        weights[seed, fitted.component_indices_] = fitted.weights_
+    assert weights.mean() == pytest.approx(1, abs=0.03)
+    error_of_mean = weights.std(axis=0) / np.sqrt(300) + 1e-9
+    assert (np.abs(weights.mean(axis=0) - 1) / error_of_mean).max() < 5
+
+
+@pytest.mark.parametrize("method", ["exact", "bless"])
+def test_weights_sum_to_the_number_of_rows(method):
+    X = clustered(300)
+    sums = [
+        RidgeLeverageNystroem(gamma=1.0, method=method, n_components=None, random_state=seed)
+        .fit(X)
+        .weights_.sum()
+        for seed in range(30)
+    ]
+    assert np.mean(sums) == pytest.approx(300, rel=0.15)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", "polynomial", "linear"])
+def test_uniform_equals_scikit_learn(kernel):
+    X = np.random.default_rng(0).standard_normal((200, 4))
+    options = {"gamma": 0.1, "degree": 3, "coef0": 1.0}
+    theirs = Nystroem(kernel, n_components=20, random_state=3, **options).fit(X)
+    ours = RidgeLeverageNystroem(
+        kernel, method="uniform", n_components=20, random_state=3, **options
+    ).fit(X)
+    assert ours.component_indices_.tolist() == theirs.component_indices_.tolist()
+    Z, reference = ours.transform(X), theirs.transform(X)
+    np.testing.assert_allclose(Z @ Z.T, reference @ reference.T, rtol=1e-6, atol=1e-6)
+    if kernel in ("rbf", "laplacian"):
+        np.testing.assert_allclose(Z, reference, atol=1e-7)
+
+
+def test_own_landmarks():
+    X = clustered(100)
+    at = np.array([3, 50, 7])
+    by_position = RidgeLeverageNystroem(gamma=1.0, landmarks=at).fit(X)
+    by_points = RidgeLeverageNystroem(gamma=1.0, landmarks=X[at]).fit(X)
+    np.testing.assert_array_equal(by_position.components_, X[at])
+    np.testing.assert_allclose(by_position.transform(X), by_points.transform(X))
+    assert by_points.component_indices_.tolist() == [-1, -1, -1]
+    K = rbf(X)
+    expected = K[:, at] @ np.linalg.solve(K[np.ix_(at, at)], K[at])
+    Z = by_position.transform(X)
+    np.testing.assert_allclose(Z @ Z.T, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_precomputed_equals_points(method):
+    X = clustered(150)
+    options = {"method": method, "random_state": 0, "n_components": 30}
+    by_points = RidgeLeverageNystroem(gamma=1.0, **options).fit(X)
+    by_matrix = RidgeLeverageNystroem("precomputed", **options).fit(rbf(X))
+    assert by_matrix.component_indices_.tolist() == by_points.component_indices_.tolist()
+    test = clustered(20, seed=1)
+    np.testing.assert_allclose(
+        by_matrix.transform(rbf(test, X)), by_points.transform(test), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("method", ["squeak", "uniform", "ink"])
+def test_stream_resumes_bit_identically(method):
+    X = clustered(700)
+    make = RidgeLeverageNystroem(gamma=1.0, method=method, n_components=60, random_state=0)
+    whole, parts = clone(make), clone(make)
+    for block in np.split(X, 7):
+        whole.partial_fit(block)
+        parts = pickle.loads(pickle.dumps(parts)).partial_fit(block)
+    np.testing.assert_array_equal(whole.transform(X), parts.transform(X))
+    assert whole.n_samples_seen_ == 700
+    np.testing.assert_array_equal(X[whole.component_indices_], whole.components_)
+
+
+def test_stream_interrupted_in_the_middle_keeps_whole_blocks(monkeypatch):
+    X = clustered(1024)
+    estimator = RidgeLeverageNystroem(gamma=1.0, random_state=0)
+    estimator.partial_fit(X[:256])
+    import sciml.kernels.nystroem as module
+
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return shrink(*arguments)
+
+    monkeypatch.setattr(module, "shrink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        estimator.partial_fit(X[256:])
+    monkeypatch.undo()
+    assert estimator._dictionary.n_seen == 512
+    estimator.partial_fit(X[512:])
+    straight = RidgeLeverageNystroem(gamma=1.0, random_state=0).partial_fit(X)
+    np.testing.assert_array_equal(straight.component_indices_, estimator.component_indices_)
+
+
+def test_fit_then_partial_fit_goes_on():
+    X = clustered(512)
+    on = RidgeLeverageNystroem(gamma=1.0, random_state=0).fit(X[:256]).partial_fit(X[256:])
+    straight = RidgeLeverageNystroem(gamma=1.0, random_state=0).fit(X)
+    np.testing.assert_array_equal(on.component_indices_, straight.component_indices_)
+
+
+def test_uniform_stream_is_uniform():
+    X = np.arange(40.0)[:, None]
+    counts = np.zeros(40)
+    for seed in range(600):
+        estimator = RidgeLeverageNystroem(method="uniform", n_components=10, random_state=seed)
+        for block in np.split(X, 4):
+            estimator.partial_fit(block)
+        counts[estimator.component_indices_] += 1
+    # Binomial(600, 1/4): 150 with standard deviation 10.6
+    assert np.abs(counts - 150).max() < 45
+
+
+def test_merge_is_accurate_and_order_does_not_matter():
+    X = clustered(900)
+    K = rbf(X)
+    thirds = np.split(X, 3)
+    errors = {"left": [], "right": []}
+    for seed in range(10):
+        a, b, c = (
+            RidgeLeverageNystroem(gamma=1.0, budget=40, random_state=3 * seed + i).fit(part)
+            for i, part in enumerate(thirds)
+        )
+        left = merge(merge(a, b, random_state=seed), c, random_state=seed)
+        right = merge(a, merge(b, c, random_state=seed), random_state=seed)
+        for name, merged in (("left", left), ("right", right)):
+            np.testing.assert_array_equal(X[merged.component_indices_], merged.components_)
+            assert merged.n_samples_seen_ == 900
+            errors[name].append(spectral_error(K, merged.transform(X)))
+    assert max(errors["left"] + errors["right"]) < 4
+    assert np.mean(errors["left"]) == pytest.approx(np.mean(errors["right"]), rel=0.25)
+
+
+def test_merged_dictionaries_are_unbiased():
+    X = clustered(60)
+    total = np.zeros(60)
+    for seed in range(200):
+        rng = np.random.RandomState(seed)
+        halves = []
+        for part in (X[:30], X[30:]):
+            grown = expand(None, part, 10)
+            halves.append(shrink(grown, squeak_scores(grown, rbf, 1.0, 0.5), rng))
+        merged = merge_dictionaries(*halves, rbf, 1.0, 0.5, rng)
+        total[merged.indices] += merged.weights / 200
+    assert total.mean() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+def test_dask_array(scheduler):
+    import dask
+    import dask.array
+
+    X = clustered(800)
+    with dask.config.set(scheduler=scheduler):
+        fitted = RidgeLeverageNystroem(gamma=1.0, random_state=0).fit(
+            dask.array.from_array(X, chunks=(150, 2))
+        )
+    assert fitted.n_samples_seen_ == 800
+    np.testing.assert_array_equal(X[fitted.component_indices_], fitted.components_)
+    assert spectral_error(rbf(X), fitted.transform(X)) < 4
+    with dask.config.set(scheduler="synchronous"):
+        again = RidgeLeverageNystroem(gamma=1.0, random_state=0).fit(
+            dask.array.from_array(X, chunks=(150, 1))
+        )
+    np.testing.assert_array_equal(again.component_indices_, fitted.component_indices_)
+
+
+@pytest.mark.parametrize("wrap", [list, iter, tuple])
+def test_chunks(wrap):
+    X = clustered(800)
+    fitted = RidgeLeverageNystroem(gamma=1.0, random_state=0).fit(wrap(np.array_split(X, 5)))
+    assert fitted.n_samples_seen_ == 800
+    assert spectral_error(rbf(X), fitted.transform(X)) < 4
+    fitted.partial_fit(X[:10])
+    assert fitted.n_samples_seen_ == 810
+
+
+def test_memory_map(tmp_path):
+    X = clustered(1000)
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    a, b = (RidgeLeverageNystroem(gamma=1.0, random_state=0).fit(data) for data in (mapped, X))
+    np.testing.assert_array_equal(a.component_indices_, b.component_indices_)
+    assert not isinstance(a.components_, np.memmap)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_tensors_stay_torch(method):
+    X = clustered(200)
+    options = {"gamma": 1.0, "method": method, "n_components": 40, "random_state": 0}
+    ours = RidgeLeverageNystroem(**options).fit(torch.as_tensor(X))
+    Z = ours.transform(torch.as_tensor(X))
+    assert isinstance(Z, torch.Tensor)
+    reference = RidgeLeverageNystroem(**options).fit(X)
+    assert ours.component_indices_.tolist() == reference.component_indices_.tolist()
+    expected = reference.transform(X)
+    # Single features differ where the kernel matrix is singular to rounding; products do not.
+    np.testing.assert_allclose((Z @ Z.T).numpy(), expected @ expected.T, rtol=1e-4, atol=1e-4)
+
+
+def test_dtype_and_names():
+    X = clustered(100)
+    fitted = RidgeLeverageNystroem(gamma=1.0, random_state=0).fit(X.astype(np.float32))
+    Z = fitted.transform(X.astype(np.float32))
+    assert Z.dtype == np.float32
+    assert len(fitted.get_feature_names_out()) == Z.shape[1]
+    frame = fitted.set_output(transform="pandas").transform(X.astype(np.float32))
+    assert frame.columns[0] == "ridgeleveragenystroem0"
+
+
+def test_duplicated_points_are_fine():
+    X = np.repeat(clustered(50), 8, axis=0)
+    for method in METHODS:
+        fitted = RidgeLeverageNystroem(gamma=1.0, method=method, random_state=0).fit(X)
+        Z = fitted.transform(X)
+        assert np.isfinite(Z).all()
+        assert spectral_error(rbf(X), Z) < 8
+
+
+def test_n_components_is_a_limit():
+    X = clustered(600)
+    for method in METHODS:
+        fitted = RidgeLeverageNystroem(
+            gamma=1.0, method=method, n_components=25, random_state=0
+        ).fit(X)
+        assert len(fitted.component_indices_) <= 25
+    thinned = [
+        RidgeLeverageNystroem(gamma=1.0, n_components=40, random_state=s).fit(X).weights_.sum()
+        for s in range(40)
+    ]
+    assert np.mean(thinned) == pytest.approx(600, rel=0.2)
+
+
+def test_effective_dimension_is_estimated():
+    X = clustered(600)
+    exact = effective_dimension(X, 1.0, kernel="rbf", gamma=1.0)
+    fitted = RidgeLeverageNystroem(gamma=1.0, budget=40, random_state=0).fit(X)
+    assert fitted.effective_dimension_ == pytest.approx(exact, rel=0.25)
+
+
+def test_pipeline_search_and_kernel_objects():
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:300] / 16, y[:300]
+    pipeline = make_pipeline(RidgeLeverageNystroem(NTK(), random_state=0), Ridge())
+    search = GridSearchCV(
+        pipeline, {"ridgeleveragenystroem__kernel__depth": [1, 2]}, cv=2, error_score="raise"
+    )
+    assert search.fit(X, y).best_score_ > 0.05
+    K = pairwise_kernel(X, None, NTK())
+    precomputed = make_pipeline(
+        RidgeLeverageNystroem("precomputed", method="uniform", random_state=0), Ridge()
+    )
+    assert np.isfinite(cross_val_score(precomputed, K, y, cv=3)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ridge": 0.0}, "ridge .*0.0"),
+        ({"eps": 0.0}, "eps .*0.0"),
+        ({"eps": 1.0}, "eps .*1.0"),
+        ({"budget": 0}, "budget .*0"),
+        ({"n_components": 0}, "n_components .*0"),
+        ({"method": "leverage"}, "method .*'squeak'.*'leverage'"),
+        ({"landmarks": [0, 100]}, r"positions in \[0, 100\)"),
+        ({"landmarks": [-1]}, r"positions in \[0, 100\)"),
+        ({"landmarks": [1, 1]}, "distinct"),
+        ({"landmarks": [0.5]}, "integers"),
+        ({"landmarks": np.ones((2, 3))}, r"\(m, 2\).*\(2, 3\)"),
+        ({"landmarks": np.full((2, 2), np.nan)}, "landmarks must be finite"),
+        ({"kernel": lambda X, Y: -rbf(X, Y)}, "positive semidefinite"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RidgeLeverageNystroem(**{"gamma": 1.0, **arguments}).fit(clustered(100))
+
+
+def test_bad_data_is_named():
+    X = clustered(50)
+    with pytest.raises(ValueError, match="NaN"):
+        RidgeLeverageNystroem().fit(np.where(X > 0, np.nan, X))
+    with pytest.raises(TypeError, match="Sparse"):
+        RidgeLeverageNystroem().fit(sparse.csr_matrix(X))
+    with pytest.raises(ValueError, match="symmetric"):
+        RidgeLeverageNystroem("precomputed").fit(np.triu(np.ones((4, 4))))
+    with pytest.raises(ValueError, match="positive semidefinite"):
+        RidgeLeverageNystroem("precomputed", ridge=0.5).fit(np.array([[1.0, 2.0], [2.0, 1.0]]))
+    with pytest.raises(ValueError, match="2 features"):
+        RidgeLeverageNystroem().fit(X).partial_fit(np.ones((3, 5)))
+    with pytest.raises(AttributeError, match="partial_fit"):
+        RidgeLeverageNystroem(method="bless").partial_fit(X)
+    with pytest.raises(ValueError, match="chunks with method='squeak'"):
+        RidgeLeverageNystroem(method="bless").fit([X, X])
+    with pytest.raises(ValueError, match="at least one chunk"):
+        RidgeLeverageNystroem().fit(iter([]))
+    with pytest.warns(UserWarning, match="n_components=100 is more than the 50 rows"):
+        RidgeLeverageNystroem(method="uniform").fit(X)
+    fitted = RidgeLeverageNystroem().fit(X)
+    with pytest.raises(ValueError, match="ridge of a and b"):
+        merge(fitted, RidgeLeverageNystroem(ridge=2.0).fit(X))
+    with pytest.raises(ValueError, match="b must be fitted with method='squeak'"):
+        merge(fitted, RidgeLeverageNystroem(method="bless").fit(X))
+
+
+@pytest.mark.slow
+def test_clustered_data_twice_as_accurate_as_uniform():
+    """Median over 5 seeds of the spectral error at equal m, and homogeneous data."""
+    X = clustered(600)
+    K = rbf(X)
+    for budget in (10, 20, 40):
+        errors = {"squeak": [], "uniform": []}
+        for seed in range(5):
+            squeak = RidgeLeverageNystroem(gamma=1.0, budget=budget, random_state=seed).fit(X)
+            m = len(squeak.component_indices_)
+            uniform = RidgeLeverageNystroem(
+                gamma=1.0, method="uniform", n_components=m, random_state=seed
+            ).fit(X)
+            errors["squeak"].append(spectral_error(K, squeak.transform(X)))
+            errors["uniform"].append(spectral_error(K, uniform.transform(X)))
+        assert np.median(errors["uniform"]) > 2 * np.median(errors["squeak"]), budget
