@@ -1,3 +1,16 @@
 """Graph neural networks trained layer by layer."""
 
-__all__: list[str] = []
+from sciml.graphs.class_nodes import AddClassNodes, add_class_nodes
+from sciml.graphs.forward_forward import ff_loss, goodness
+from sciml.graphs.forward_gnn import ForwardGNNClassifier
+from sciml.graphs.stages import GraphStage, unit_rows
+
+__all__ = [
+    "AddClassNodes",
+    "ForwardGNNClassifier",
+    "GraphStage",
+    "add_class_nodes",
+    "ff_loss",
+    "goodness",
+    "unit_rows",
+]

@@ -1,0 +1,298 @@
+"""Train all layers of a graph neural network at once, with signals from the layers above.
+
+Layers still learn from local losses on detached inputs, but at every time step all of them take a
+step, reading the states that the others left at the step before. The layers above reach a layer
+j in one of two ways:
+
+- *top-to-loss*: its output is averaged with the states of the layers above in its loss;
+- *top-to-input*: the state of the layer above is a second input, next to the one below. The top
+  layer sees the known labels.
+
+References
+----------
+Park et al., "Forward Learning of Graph Neural Networks", ICLR 2024, arXiv:2403.11004.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sciml.graphs.class_nodes import append_labels
+from sciml.graphs.frozen_aggregation import FixedGraph, aggregate, aggregates_once, transform
+from sciml.graphs.single_forward import ClassNodeGNN, class_logits
+from sciml.graphs.stages import GraphStage, unit_rows
+
+__all__ = ["StageRunner", "TopToInputGNN", "TopToLossGNN", "top_down_step"]
+
+
+class StageRunner:
+    """Run stages on the columns of several tensors side by side, on one graph.
+
+    Parameters
+    ----------
+    stages : iterable of GraphStage
+    graph : FixedGraph
+    fixed : tuple of Tensor, default=()
+        Inputs that never change: with `cache`, their neighbours are aggregated once.
+    cache : bool, default=False
+        Aggregate before the learnable part where the convolution allows it, so that no gradient
+        passes through the aggregation.
+    """
+
+    def __init__(
+        self,
+        stages: Iterable[GraphStage],
+        graph: FixedGraph,
+        fixed: tuple[Tensor, ...] = (),
+        cache: bool = False,
+    ) -> None:
+        self.stages, self.graph, self.fixed, self.cache = list(stages), graph, fixed, cache
+        self._aggregated: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def __call__(self, layer: int, *parts: Tensor) -> Tensor:
+        """Return the output of a stage whose input has the columns of all `parts`."""
+        stage, graph = self.stages[layer], self.graph
+        if not (self.cache and aggregates_once(stage.conv)):
+            x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            return stage(x, graph.edge_index, graph.edge_weight, graph.edge_attr)
+        # Aggregation works on each column by itself.
+        tables = [self._aggregate(layer, stage.conv, part) for part in parts]
+        joined = (
+            tables[0]
+            if len(parts) == 1
+            else tuple(torch.cat(t, 1) for t in zip(*tables, strict=True))
+        )
+        return stage.finish(transform(stage.conv, joined))
+
+    def _aggregate(self, layer: int, conv: nn.Module, part: Tensor) -> tuple[Tensor, ...]:
+        for place, fixed in enumerate(self.fixed):
+            if part is fixed:
+                if (layer, place) not in self._aggregated:
+                    self._aggregated[layer, place] = aggregate(conv, part, self.graph)
+                return self._aggregated[layer, place]
+        return aggregate(conv, part, self.graph)
+
+
+class TopToLossGNN(ClassNodeGNN):
+    """Average a layer's embedding with the states of the layers above it, then predict.
+
+    What `ForwardGNNClassifier.export` returns for ``method="sf_top_to_loss"``. Parameters are
+    those of `ClassNodeGNN`; all stages have the same width.
+    """
+
+    def fixed_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what the layers read and never changes: the features, scaled and as they are."""
+        return (unit_rows(x), x)
+
+    def start(self, fixed: tuple[Tensor, ...], run: StageRunner) -> list[Tensor]:
+        """Return the states of a bottom-up pass, which feeds outputs upwards unscaled."""
+        states, h = [fixed[0]], fixed[1]
+        for layer in range(len(self.stages)):
+            h = run(layer, h)
+            states.append(unit_rows(h))
+        return states
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Layers that are updated together: all."""
+        return [list(range(len(self.stages)))]
+
+    def output(self, states: list[Tensor], layer: int, run: StageRunner) -> Tensor:
+        """Return the output of a layer, given all states."""
+        return run(layer, states[layer])
+
+    def logits(self, output: Tensor, states: list[Tensor], layer: int) -> Tensor:
+        """Return the class logits of all nodes after averaging with the states above."""
+        mean = torch.stack([output, *states[layer + 2 :]]).mean(0)
+        last = len(mean) - self.num_classes
+        return class_logits(mean[:last], mean[last:], self.temperature)
+
+    def state(self, output: Tensor) -> Tensor:
+        """Return the state that an output becomes."""
+        return unit_rows(output)
+
+    def layer_proba(self, fixed: tuple[Tensor, ...], run: StageRunner) -> Tensor:
+        """Return the softmaxes of all layers, shape (n_layers, n_nodes, n_classes)."""
+        states = self.start(fixed, run)
+        layers = range(len(self.stages))
+        outputs = [self.output(states, layer, run) for layer in layers]
+        return torch.stack(
+            [
+                self.logits(o, states, layer).softmax(1)
+                for layer, o in zip(layers, outputs, strict=True)
+            ]
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+    ) -> Tensor:
+        """Return the log-probabilities, shape (n_nodes, n_classes).
+
+        The graph must begin with the nodes of the training graph, whose labels are known; further
+        nodes may follow them.
+        """
+        h, graph = self.augment(x, edge_index, edge_weight, edge_attr)
+        fixed = self.fixed_inputs(self.with_labels(h, 0))
+        return self.layer_proba(fixed, StageRunner(self.stages, graph)).mean(0).log()
+
+
+class TopToInputGNN(ClassNodeGNN):
+    """Give every layer the state above it as a second input, then predict.
+
+    What `ForwardGNNClassifier.export` returns for ``method="sf_top_to_input"``.
+
+    Parameters
+    ----------
+    stages, x_class, train_nodes, train_labels, direction, append_label, temperature, \
+    class_edge_attr
+        Those of `ClassNodeGNN`.
+    widths : sequence of int
+        Of the features, of every layer, and the number of classes. The input of layer j has
+        ``widths[j] + widths[j + 2]`` columns.
+    alternating : bool, default=True
+        Update layers 1, 3, ... and then 2, 4, ... within a step rather than all at once.
+    eval_steps, eval_burn_in : int, default=10 and 2
+        Steps without learning when predicting, and how many of them are left out of the mean.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[GraphStage],
+        x_class: Tensor,
+        train_nodes: Tensor,
+        train_labels: Tensor,
+        *,
+        widths: Sequence[int],
+        direction: str = "bidirectional",
+        append_label: str | None = None,
+        temperature: float = 1.0,
+        class_edge_attr: float | None = None,
+        alternating: bool = True,
+        eval_steps: int = 10,
+        eval_burn_in: int = 2,
+    ) -> None:
+        super().__init__(
+            stages,
+            x_class,
+            train_nodes,
+            train_labels,
+            direction=direction,
+            append_label=append_label,
+            temperature=temperature,
+            class_edge_attr=class_edge_attr,
+        )
+        self.widths = list(widths)
+        self.alternating = alternating
+        self.eval_steps, self.eval_burn_in = eval_steps, eval_burn_in
+
+    def fixed_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what the layers read and never changes: the features and the known labels."""
+        empty = x[:, :0]
+        labels = append_labels(
+            empty, self.train_nodes, self.train_labels, self.num_classes, class_nodes=True
+        )
+        return (unit_rows(x), unit_rows(labels))
+
+    def start(self, fixed: tuple[Tensor, ...], run: StageRunner) -> list[Tensor]:
+        """Return the states of a bottom-up pass in which all states above are zero."""
+        x, labels = fixed
+        states = [x]
+        for layer in range(len(self.stages)):
+            below = states[-1] if layer == 0 else unit_rows(states[-1])
+            above = x.new_zeros(len(x), self.widths[layer + 2])
+            states.append(run(layer, below, above))
+        return [*states, labels]
+
+    def output(self, states: list[Tensor], layer: int, run: StageRunner) -> Tensor:
+        """Return the output of a layer, given all states."""
+        last = len(self.stages) - 1
+        below = states[layer] if layer == 0 else unit_rows(states[layer])
+        above = states[layer + 2] if layer == last else unit_rows(states[layer + 2])
+        return run(layer, below, above)
+
+    def logits(self, output: Tensor, states: list[Tensor], layer: int) -> Tensor:
+        """Return the class logits of all nodes."""
+        last = len(output) - self.num_classes
+        return class_logits(output[:last], output[last:], self.temperature)
+
+    def state(self, output: Tensor) -> Tensor:
+        """Return the state that an output becomes."""
+        return output
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Layers that are updated together, group after group."""
+        layers = list(range(len(self.stages)))
+        return [layers[::2], layers[1::2]] if self.alternating else [layers]
+
+    def layer_proba(self, fixed: tuple[Tensor, ...], run: StageRunner) -> Tensor:
+        """Return the mean softmaxes of all layers, shape (n_layers, n_nodes, n_classes)."""
+        states = self.start(fixed, run)
+        proba = torch.zeros(())
+        for step in range(self.eval_steps):
+            logits = top_down_step(self, states, run)
+            if step >= self.eval_burn_in:
+                proba = torch.stack([z.softmax(1) for z in logits]) + proba.to(logits[0])
+        return proba / (self.eval_steps - self.eval_burn_in)
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+    ) -> Tensor:
+        """Return the log-probabilities, shape (n_nodes, n_classes).
+
+        The graph must begin with the nodes of the training graph, whose labels are known; further
+        nodes may follow them.
+        """
+        h, graph = self.augment(x, edge_index, edge_weight, edge_attr)
+        fixed = self.fixed_inputs(self.with_labels(h, 0))
+        return self.layer_proba(fixed, StageRunner(self.stages, graph)).mean(0).log()
+
+
+TopDownGNN = TopToLossGNN | TopToInputGNN
+
+
+def top_down_step(
+    network: TopDownGNN,
+    states: list[Tensor],
+    run: StageRunner,
+    learn: Callable[[int, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Let every layer compute, and learn, from the newest states; replace the states in place.
+
+    Parameters
+    ----------
+    network : TopToLossGNN or TopToInputGNN
+    states : list of Tensor
+        Detached, one per layer and more at the ends. The new states are the outputs from before
+        the update.
+    run : StageRunner
+    learn : callable, optional
+        ``learn(layer, logits)`` updates the layer by its loss.
+
+    Returns
+    -------
+    list of Tensor
+        The detached logits of the layers.
+    """
+    logits: list[Tensor] = [torch.empty(0)] * len(network.stages)
+    for group in network.groups:
+        outputs = {}
+        for layer in group:
+            output = network.output(states, layer, run)
+            z = network.logits(output, states, layer)
+            if learn is not None:
+                learn(layer, z)
+            outputs[layer], logits[layer] = output.detach(), z.detach()
+        # Only now: the layers of a group read the states from before it.
+        for layer, output in outputs.items():
+            states[layer + 1] = network.state(output)
+    return logits
