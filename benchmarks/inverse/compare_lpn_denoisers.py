@@ -19,7 +19,7 @@ import deepinv
 import matplotlib
 import numpy as np
 import torch
-from deepinv.optim import PGD, L2, TVPrior
+from deepinv.optim import L2, PGD, TVPrior
 from deepinv.physics.functional.blur import gaussian_blur
 from sklearn.datasets import load_digits
 
@@ -42,7 +42,7 @@ def digit_images():
 
 
 def natural_images():
-    """Patches of 32 x 32 of scikit-image's photographs, halved in size; two photographs held out."""
+    """Patches of 32 x 32 of photographs in scikit-image, halved in size; two are held out."""
     from skimage import color, data, transform
 
     def patches(names, n, seed):
