@@ -29,16 +29,10 @@ from torch_geometric.data import Data
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from sciml.graphs.backprop_export import to_basic_gnn
-from sciml.graphs.forward_gnn_fit import (
-    build_network,
-    check_parameters,
-    node_ids,
-    read_task,
-    torch_device,
-    train_network,
-)
+from sciml.graphs.forward_gnn_fit import build_network, read_task, train_network
 from sciml.graphs.graph_checks import check_graph, check_labels, check_mask
 from sciml.graphs.network_setup import same_graph, union_of_graphs
+from sciml.graphs.parameter_checks import check_parameters, node_ids, torch_device
 from sciml.graphs.stages import unit_rows
 
 __all__ = ["ForwardGNNClassifier"]

@@ -9,9 +9,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch_geometric.data import Data
 
-from sciml._check import check_choice, check_integer, check_interval, check_shape
+from sciml._check import check_shape
 from sciml.graphs.class_nodes import (
-    DIRECTIONS,
     class_edges,
     draw_class_features,
     draw_wrong_labels,
@@ -20,19 +19,15 @@ from sciml.graphs.forward_forward import ClassNodeFFGNN, ForwardForwardTraining,
 from sciml.graphs.graph_checks import check_graph, check_labels, check_mask
 from sciml.graphs.layer_training import LayerTask, train_layers
 from sciml.graphs.network_setup import layer_widths, make_stages
+from sciml.graphs.parameter_checks import TOP_DOWN, derived_seed, node_ids
 from sciml.graphs.single_forward import ClassNodeGNN, SingleForwardGNN, SingleForwardTraining
-from sciml.graphs.stages import has_fixed_widths
-from sciml.graphs.top_down import TopToInputGNN, TopToLossGNN
+from sciml.graphs.top_down import StageRunner, TopToInputGNN, TopToLossGNN
 from sciml.graphs.top_down_training import train_top_down
 
 if TYPE_CHECKING:
     from sciml.graphs.forward_gnn import ForwardGNNClassifier
 
-__all__ = ["NodeTask", "build_network", "check_parameters", "read_task", "train_network"]
-
-TOP_DOWN = ("sf_top_to_loss", "sf_top_to_input")
-FORWARD_FORWARD = ("ff_label", "ff_virtual")
-METHODS = ("sf", *TOP_DOWN, *FORWARD_FORWARD)
+__all__ = ["NodeTask", "build_network", "read_task", "train_network"]
 
 
 class NodeTask(NamedTuple):
@@ -43,83 +38,6 @@ class NodeTask(NamedTuple):
     validation: Tensor
     codes: Tensor  # -1 where unlabelled
     classes: np.ndarray
-
-
-def check_parameters(estimator: "ForwardGNNClassifier") -> None:
-    """Raise unless the parameters are in range and fit each other."""
-    check_training_parameters(estimator)
-    check_choice("method", estimator.method, METHODS)
-    check_choice("class_edges", estimator.class_edges, DIRECTIONS)
-    check_choice("append_label", estimator.append_label, (None, "input", "all"))
-    check_interval("temperature", estimator.temperature, 0, np.inf, closed="neither")
-    check_integer("eval_steps", estimator.eval_steps, 1)
-    check_integer("eval_burn_in", estimator.eval_burn_in, 0, estimator.eval_steps - 1)
-    check_interval("validation_fraction", estimator.validation_fraction, 0, 1, closed="neither")
-    if estimator.num_negatives is not None:
-        check_integer("num_negatives", estimator.num_negatives, 1)
-    if estimator.class_edge_attr is not None:
-        check_interval("class_edge_attr", estimator.class_edge_attr)
-    if estimator.append_label == "all" and estimator.method != "sf":
-        raise ValueError(f"append_label='all' needs method='sf', got {estimator.method!r}")
-    if estimator.append_label is not None and estimator.method in FORWARD_FORWARD:
-        raise ValueError(
-            f"append_label must be None with method={estimator.method!r}, which shows labels in "
-            f"its own way, got {estimator.append_label!r}"
-        )
-    if estimator.method in TOP_DOWN:
-        for name in ("batch_size", "checkpoint_dir", "resume_from"):
-            if getattr(estimator, name) is not None:
-                raise ValueError(
-                    f"{name} must be None with method={estimator.method!r}, which trains all "
-                    f"layers together on the whole graph, got {getattr(estimator, name)!r}"
-                )
-    if estimator.method == "sf_top_to_input" and has_fixed_widths(estimator.model):
-        raise ValueError(
-            "model must be a zoo name, a class or a callable with method='sf_top_to_input', whose "
-            f"layers read two states at once, got {type(estimator.model).__name__}"
-        )
-
-
-def check_training_parameters(estimator: Any) -> None:
-    """Raise unless the parameters of the optimisation are in range."""
-    check_interval("theta", estimator.theta, -np.inf, np.inf, closed="neither")
-    check_interval("lr", estimator.lr, 0, np.inf, closed="neither")
-    check_interval("weight_decay", estimator.weight_decay, 0, np.inf, closed="left")
-    check_integer("max_epochs", estimator.max_epochs, 0)
-    check_integer("val_every", estimator.val_every, 1)
-    if estimator.patience is not None:
-        check_integer("patience", estimator.patience, 1)
-    if estimator.grad_clip is not None:
-        check_interval("grad_clip", estimator.grad_clip, 0, np.inf, closed="neither")
-    if estimator.batch_size is not None:
-        check_integer("batch_size", estimator.batch_size, 1)
-
-
-def derived_seed(seed: int, use: int) -> int:
-    """Return a seed for one of several uses, so that their draws are independent."""
-    return int(np.random.SeedSequence(seed).generate_state(use + 1)[use])
-
-
-def torch_device(device: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA if there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def node_ids(X: Any, n_nodes: int) -> np.ndarray:
-    """Return node ids as an integer ndarray of shape (n,), or raise."""
-    ids = np.asarray(X)
-    if ids.ndim == 2 and ids.shape[1] == 1:
-        ids = ids[:, 0]
-    check_shape("X", ids, (None,))
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"X must be a Data or integer node ids, got dtype {ids.dtype}")
-    if len(ids) and not 0 <= ids.min() <= ids.max() < n_nodes:
-        raise ValueError(
-            f"X must hold node ids in 0, ..., {n_nodes - 1}, got {ids.min()} to {ids.max()}"
-        )
-    return ids
 
 
 def read_task(
@@ -310,7 +228,7 @@ def train_network(
         for value in (data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr"))
     )
     held_out = task.validation.to(device), task.codes[task.validation].to(device)
-    settings = {
+    settings: dict[str, Any] = {
         "lr": estimator.lr,
         "weight_decay": estimator.weight_decay,
         "max_epochs": estimator.max_epochs,
@@ -321,18 +239,18 @@ def train_network(
         clip = estimator.grad_clip
         if estimator.method == "sf_top_to_loss" and clip is None:
             clip = 1.0
-        layer_proba, history = train_top_down(
+        layer_proba, history = _train_top_down(
             network,
-            *graph,
-            *held_out,
-            **settings,
-            grad_clip=clip,
+            graph,
+            held_out,
             cache=estimator.cache_aggregation,
+            grad_clip=clip,
             verbose=estimator.verbose,
+            settings=settings,
         )
         return layer_proba.mean(0), layer_proba, [history]
 
-    where = {
+    where: dict[str, Any] = {
         "cache": estimator.cache_aggregation,
         "one_hop": estimator.batch_size is not None,
         "chunk": None if estimator.batch_size is None else max(estimator.batch_size, 1024),
@@ -372,6 +290,39 @@ def train_network(
     if isinstance(training, ForwardForwardTraining):
         return training.proba(), layer_proba, histories
     return layer_proba.mean(0), layer_proba, histories
+
+
+def _train_top_down(
+    network: Any,
+    graph: tuple[Any, ...],
+    held_out: tuple[Tensor, Tensor],
+    *,
+    cache: bool,
+    grad_clip: float | None,
+    verbose: int,
+    settings: dict[str, Any],
+) -> tuple[Tensor, list[dict[str, float]]]:
+    h, full = network.augment(*graph)
+    fixed = network.fixed_inputs(network.with_labels(h, 0))
+    run = StageRunner(network.stages, full, fixed, cache)
+    nodes, labels = network.train_nodes, network.train_labels
+
+    def score() -> float:
+        predicted = network.layer_proba(fixed, run).sum(0)[held_out[0]].argmax(1)
+        return (predicted == held_out[1]).float().mean().item()
+
+    history = train_top_down(
+        network,
+        fixed,
+        run,
+        lambda logits: torch.nn.functional.cross_entropy(logits[nodes], labels),
+        score,
+        grad_clip=grad_clip,
+        verbose=verbose,
+        **settings,
+    )
+    with torch.no_grad():
+        return network.layer_proba(fixed, run), history
 
 
 def _wrong_labels(estimator: "ForwardGNNClassifier", task: NodeTask, seed: int) -> Tensor:

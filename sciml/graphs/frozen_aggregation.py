@@ -15,67 +15,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 from torch_geometric.nn import EdgeConv, GATConv, GATv2Conv, GCNConv, GINConv, PNAConv, SAGEConv
 from torch_geometric.nn.conv import GraphConv
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
+from sciml.graphs.sparse_features import FactoredRows, factor_product
+from sciml.graphs.sparse_rows import SparseRows, entries_of_rows, row_starts
 from sciml.graphs.stages import GraphStage
+
+Table = Tensor | FactoredRows
 
 __all__ = ["FixedGraph", "FrozenInput", "aggregates_once", "transform"]
 
 # Convolutions whose output at a node depends on its incoming edges and their sources only.
 ONE_HOP = (EdgeConv, GATConv, GATv2Conv, GINConv, GraphConv, PNAConv, SAGEConv)
-
-
-class SparseRows:
-    """Sparse matrix in rows, of which some rows at a time can be multiplied.
-
-    Parameters
-    ----------
-    edge_index : LongTensor of shape (2, n_edges)
-        Sources (columns) and targets (rows).
-    values : Tensor of shape (n_edges,)
-    n_rows : int
-    """
-
-    def __init__(self, edge_index: Tensor, values: Tensor, n_rows: int) -> None:
-        order = torch.argsort(edge_index[1] * n_rows + edge_index[0])
-        self.columns = edge_index[0][order]
-        self.values = values[order]
-        self.starts = row_starts(edge_index[1], n_rows)
-
-    def matmul(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the product with `x`, or only the given rows of it."""
-        starts, columns, values = self.starts, self.columns, self.values
-        if rows is not None:
-            entries, counts = entries_of_rows(starts, rows)
-            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            columns, values = columns[entries], values[entries]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            matrix = torch.sparse_csr_tensor(
-                starts,
-                columns,
-                values.to(x.dtype),
-                size=(len(starts) - 1, len(x)),
-                check_invariants=False,
-            )
-        return matrix @ x
-
-
-def row_starts(targets: Tensor, n_rows: int) -> Tensor:
-    """Return where the entries of each row start once they are sorted by row."""
-    counts = torch.bincount(targets, minlength=n_rows)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def entries_of_rows(starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places of all entries of `rows`, row after row, and their number in each row."""
-    first, counts = starts[rows], starts[rows + 1] - starts[rows]
-    ends = counts.cumsum(0)
-    within = torch.arange(int(counts.sum()), device=rows.device)
-    return within + (first - (ends - counts)).repeat_interleave(counts), counts
 
 
 class FixedGraph:
@@ -190,17 +145,40 @@ def aggregate(
     return (summed, x if rows is None else x[rows])
 
 
-def transform(conv: Any, aggregated: tuple[Tensor, ...]) -> Tensor:
-    """Apply the learnable part of `conv` to what `aggregate` returned."""
+def factored(conv: nn.Module, x: Tensor, graph: FixedGraph) -> tuple[Table, ...] | None:
+    """Return what `aggregate` does with sparse features kept sparse, or None if that is no gain."""
+    if x.device.type != "cpu":
+        return None
     if type(conv) is GCNConv:
-        out = conv.lin(aggregated[0])
+        table = factor_product(graph.gcn_matrix(conv, x.dtype).scipy(), x)
+        return None if table is None else (table,)
+    if type(conv) is SAGEConv and conv.aggr in ("mean", "add", "sum"):
+        summed = factor_product(graph.sum_matrix(conv.aggr == "mean", x.dtype).scipy(), x)
+        own = factor_product(sparse.eye(len(x), format="csr", dtype=x.numpy().dtype), x)
+        if summed is None or own is None:
+            return None
+        return (summed, own) if conv.root_weight else (summed,)
+    return None
+
+
+def transform(conv: Any, aggregated: tuple[Table, ...]) -> Tensor:
+    """Apply the learnable part of `conv` to what `aggregate` or `factored` returned."""
+    if type(conv) is GCNConv:
+        out = _linear(conv.lin, aggregated[0])
         return out if conv.bias is None else out + conv.bias
     if type(conv) is GINConv:
         return conv.nn(aggregated[0] + (1 + conv.eps) * aggregated[1])
-    out = conv.lin_l(aggregated[0])
+    out = _linear(conv.lin_l, aggregated[0])
     if conv.root_weight:
-        out = out + conv.lin_r(aggregated[1])
+        out = out + _linear(conv.lin_r, aggregated[1])
     return nn.functional.normalize(out, p=2.0, dim=-1) if conv.normalize else out
+
+
+def _linear(lin: Any, table: Table) -> Tensor:
+    if isinstance(table, Tensor):
+        return lin(table)
+    out = table.times(lin.weight.T)
+    return out if lin.bias is None else out + lin.bias
 
 
 class FrozenInput:
@@ -232,7 +210,10 @@ class FrozenInput:
         self.stage, self.x, self.graph = stage, x, graph
         self.one_hop = one_hop
         self.once = aggregates_once(stage.conv)
-        self.aggregated = aggregate(stage.conv, x, graph) if cache and self.once else None
+        self.aggregated: tuple[Table, ...] | None = None
+        if cache and self.once:
+            sparse_tables = None if one_hop else factored(stage.conv, x, graph)
+            self.aggregated = sparse_tables or aggregate(stage.conv, x, graph)
         if one_hop and not self.once:
             if getattr(stage.conv, "flow", None) != "source_to_target":
                 raise ValueError("batch_size needs convolutions with flow='source_to_target'")

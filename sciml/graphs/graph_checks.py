@@ -9,8 +9,9 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from sciml._check import check_finite, check_shape
+from sciml.graphs.frozen_aggregation import FixedGraph
 
-__all__ = ["check_graph", "check_labels", "check_mask"]
+__all__ = ["check_graph", "check_labels", "check_mask", "check_pairs", "labelled_pairs"]
 
 
 def check_graph(data: Any, *, name: str = "data", warn_directed: bool = True) -> None:
@@ -105,3 +106,36 @@ def check_labels(y: Any, n_nodes: int) -> np.ndarray:
     if y.min() < -1:
         raise ValueError(f"y must be -1 (unlabelled) or a class >= 0, got {y.min()}")
     return y
+
+
+def check_pairs(name: str, pairs: Any, n_nodes: int) -> None:
+    """Raise unless `pairs` is a LongTensor of shape (2, n_pairs) of nodes."""
+    if not isinstance(pairs, Tensor) or pairs.dtype != torch.long:
+        raise ValueError(f"{name} must be a LongTensor of shape (2, n_pairs), got {pairs!r}")
+    check_shape(name, pairs, (2, None))
+    if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < n_nodes:
+        raise ValueError(
+            f"{name} must be in 0, ..., {n_nodes - 1}, got values from {int(pairs.min())} to "
+            f"{int(pairs.max())}"
+        )
+
+
+def labelled_pairs(
+    name: str, data: Data, device: torch.device
+) -> tuple[Tensor, FixedGraph, Tensor, Tensor]:
+    """Return features, graph, pairs and whether they are linked, or raise."""
+    pairs, labels = data.get("edge_label_index"), data.get("edge_label")
+    if pairs is None or labels is None:
+        raise ValueError(
+            f"{name} must have edge_label_index and edge_label, as "
+            "torch_geometric.transforms.RandomLinkSplit makes them"
+        )
+    check_pairs(f"{name}.edge_label_index", pairs, len(data.x))
+    check_shape(f"{name}.edge_label", labels, (pairs.shape[1],))
+    values = set(labels.unique().tolist())
+    if values != {0, 1}:
+        raise ValueError(f"{name}.edge_label must hold 0 and 1, both, got {sorted(values)}")
+    parts = (data.edge_index, len(data.x), data.get("edge_weight"), data.get("edge_attr"))
+    moved = [part.to(device) if isinstance(part, Tensor) else part for part in parts]
+    graph = FixedGraph(*moved)
+    return data.x.detach().to(device), graph, pairs.to(device), (labels == 1).to(device)

@@ -14,6 +14,7 @@ Park et al., "Forward Learning of Graph Neural Networks", ICLR 2024, arXiv:2403.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from sciml.graphs.frozen_aggregation import FixedGraph, aggregate, aggregates_on
 from sciml.graphs.single_forward import ClassNodeGNN, class_logits
 from sciml.graphs.stages import GraphStage, unit_rows
 
-__all__ = ["StageRunner", "TopToInputGNN", "TopToLossGNN", "top_down_step"]
+__all__ = ["StageRunner", "TopDownNetwork", "TopToInputGNN", "TopToLossGNN", "top_down_step"]
 
 
 class StageRunner:
@@ -257,11 +258,42 @@ class TopToInputGNN(ClassNodeGNN):
         return self.layer_proba(fixed, StageRunner(self.stages, graph)).mean(0).log()
 
 
-TopDownGNN = TopToLossGNN | TopToInputGNN
+class TopDownNetwork(Protocol):
+    """What a time step asks of a network."""
+
+    stages: Any
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Layers that are updated together, group after group."""
+
+    def start(self, fixed: tuple[Tensor, ...], run: StageRunner) -> list[Tensor]:
+        """Return the first states."""
+
+    def output(self, states: list[Tensor], layer: int, run: StageRunner) -> Tensor:
+        """Return the output of a layer, given all states."""
+
+    def logits(self, output: Tensor, states: list[Tensor], layer: int) -> Tensor:
+        """Return what the loss of a layer reads."""
+
+    def state(self, output: Tensor) -> Tensor:
+        """Return the state that an output becomes."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode."""
+
+    def eval(self) -> Any:
+        """Set evaluation mode."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return parameters and buffers."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Set parameters and buffers."""
 
 
 def top_down_step(
-    network: TopDownGNN,
+    network: TopDownNetwork,
     states: list[Tensor],
     run: StageRunner,
     learn: Callable[[int, Tensor], None] | None = None,
@@ -270,13 +302,13 @@ def top_down_step(
 
     Parameters
     ----------
-    network : TopToLossGNN or TopToInputGNN
+    network : TopDownNetwork
     states : list of Tensor
-        Detached, one per layer and more at the ends. The new states are the outputs from before
+        Detached; entry j + 1 is that of layer j. The new states are the outputs from before
         the update.
     run : StageRunner
     learn : callable, optional
-        ``learn(layer, logits)`` updates the layer by its loss.
+        ``learn(layer, logits)`` updates the layer by its loss. None learns nothing.
 
     Returns
     -------
