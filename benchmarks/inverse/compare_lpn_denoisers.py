@@ -90,6 +90,19 @@ def psnr(x_hat, x):
     return float((-10 * torch.log10(mse)).mean())
 
 
+def operators(side, dtype):
+    """Gaussian blur, and random signs, sine transform and subsampling; both of norm 1."""
+    img_size = (1, side, side)
+    return {
+        "deblurring": deepinv.physics.BlurFFT(
+            img_size=img_size, filter=gaussian_blur(sigma=(1.0, 1.0), dtype=dtype)
+        ),
+        "compressed sensing 1/2": deepinv.physics.StructuredRandom(
+            img_size, (1, side // 2, side), n_layers=2, rng=torch.Generator().manual_seed(0)
+        ),
+    }
+
+
 def measure(physics, x, seed):
     y = physics.A(x)
     return y + SIGMA * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
@@ -159,14 +172,7 @@ def main():
         )
     print(f"(LPN training took {wall:.0f} s wall clock)\n")
 
-    kernel = gaussian_blur(sigma=(1.0, 1.0))
-    img_size = (1, side, side)
-    tasks = {
-        "deblurring": deepinv.physics.BlurFFT(img_size=img_size, filter=kernel),
-        "compressed sensing 1/2": deepinv.physics.StructuredRandom(
-            img_size, (1, side // 2, side), n_layers=2, rng=torch.Generator().manual_seed(0)
-        ),
-    }
+    tasks = operators(side, torch.float32)
     certified, any_rho = (1.02, 1.5, 2.5, 4.0), (0.05, 0.1, 0.2, 0.5)
     methods = {
         "Tikhonov": (tikhonov, (0.01, 0.03, 0.1, 0.3)),
@@ -195,7 +201,7 @@ def main():
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
     for ax, (task, physics) in zip(axes, tasks.items(), strict=True):
         y = measure(physics, test[:16], 4).double()
-        physics64 = copy.deepcopy(physics).double()
+        physics64 = operators(side, torch.float64)[task]
         runs = {
             "LPN, certified rho": (lpn, chosen[task, "LPN, certified"]),
             "LPN, any rho": (lpn, chosen[task, "LPN, any rho"]),

@@ -35,7 +35,7 @@ __all__ = ["FullyConnectedLPN", "LearnedProximalNetwork", "PatchLPN", "ProximalO
 LOG_WEIGHT_MEAN, LOG_WEIGHT_STD = -10.0, 0.1
 
 
-class _PotentialGradient(Denoiser, ABC):  # type: ignore[misc]
+class _PotentialGradient(Denoiser, ABC):
     """What all proximal networks share: the gradient of `potential` and its constraint."""
 
     strong_convexity: float
@@ -164,7 +164,7 @@ def _refuse_negative(
 
 def _reset(layer: nn.Module, generator: torch.Generator | None) -> None:
     """Start a layer as torch does, uniform on +-1 / sqrt(fan_in), from a given generator."""
-    bound = layer.weight[0].numel() ** -0.5  # type: ignore[index, operator]
+    bound = layer.weight[0].numel() ** -0.5  # type: ignore[index]
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
 

@@ -25,7 +25,7 @@ from .proximal_matching import ProximalMatchingSchedule
 __all__ = ["LPNDenoiser"]
 
 
-class LPNDenoiser(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class LPNDenoiser(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Denoiser and prior learned from clean samples by proximal matching.
 
     ``transform`` applies the learned proximal operator, a MAP denoiser at the noise level

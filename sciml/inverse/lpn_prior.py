@@ -123,7 +123,7 @@ def invert(
     return _solve(net, x, x if init is None else init, method, tol, max_iter)
 
 
-class LPNPrior(Prior):  # type: ignore[misc]
+class LPNPrior(Prior):
     r"""The function R of which a proximal network is the proximal operator, for deepinv's solvers.
 
     A solver asks for the proximal operator of gamma R. It is one evaluation of the network

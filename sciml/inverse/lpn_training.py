@@ -217,7 +217,7 @@ def train_lpn(
 
     net.train()
     cast(Any, net).project_()
-    parameters = list(net.parameters())
+    parameters: list[Tensor] = list(net.parameters())
     good = [p.detach().clone() for p in parameters]
     progress = tqdm(total=schedule.n_steps, initial=history.n_steps, disable=not verbose)
     try:
@@ -226,7 +226,7 @@ def train_lpn(
             x = _batch(data, batch_size, generator)
             level = low
             if high > low:
-                level += (high - low) * float(
+                level = low + (high - low) * float(
                     torch.rand((), generator=generator, device=generator.device)
                 )
             noise_now = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -234,8 +234,8 @@ def train_lpn(
             optimizer.zero_grad()
             loss.backward()
             gradients = [p.grad for p in parameters if p.grad is not None]
-            value = float(loss.detach())
-            if not np.isfinite(value + float(nn.utils.get_total_norm(gradients))):
+            current = float(loss.detach())
+            if not np.isfinite(current + float(nn.utils.get_total_norm(gradients))):
                 with torch.no_grad():
                     torch._foreach_copy_(parameters, good)
                 history.stopped_on_nan = True
@@ -251,14 +251,14 @@ def train_lpn(
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate
             optimizer.step()
-            history.loss.append(value)
+            history.loss.append(current)
             progress.update()
             done = history.n_steps
             if held_out is not None and (done % validation_every == 0 or done == schedule.n_steps):
                 noisy = held_out + high * cast(Tensor, validation_noise)
                 scores = _validate(net, held_out, noisy, stage.loss, batch_size)
                 history.validation.append({"step": done, **scores})
-                progress.set_postfix(loss=value, psnr=scores["psnr"])
+                progress.set_postfix(loss=current, psnr=scores["psnr"])
             if done % checkpoint_every == 0 or done == schedule.n_steps:
                 save_checkpoint()
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
 from .._check import check_integer, check_interval
+from .lpn import LearnedProximalNetwork
 
 __all__ = ["ConvergenceCertificate", "convergence_certificate", "pnp_admm"]
 
@@ -246,8 +247,8 @@ def convergence_certificate(
         alpha = 2 * float(getattr(net, "strong_convexity", 0.0))
     check_interval("alpha", alpha)
     if img_size is None:
-        if hasattr(net, "image_size"):
-            img_size = (net.in_channels, *net.image_size)  # type: ignore[misc, assignment]
+        if isinstance(net, LearnedProximalNetwork):
+            img_size = (net.in_channels, *net.image_size)
         else:
             img_size = getattr(physics, "img_size", None)
     if img_size is None:
