@@ -137,9 +137,9 @@ def add_class_nodes(
     if isinstance(mask, str):
         if not isinstance(data.get(mask), Tensor):
             raise ValueError(f"mask names {mask!r}, which data does not have")
-        mask = data[mask]
-    check_shape("mask", mask, (num_nodes,))
-    nodes = mask.nonzero().flatten()
+    chosen: Tensor = data[mask] if isinstance(mask, str) else mask
+    check_shape("mask", chosen, (num_nodes,))
+    nodes = chosen.nonzero().flatten()
     if not len(nodes):
         raise ValueError("mask must hold for at least one node, got none")
     labels = y[nodes]

@@ -22,7 +22,7 @@ from sciml._check import check_interval
 from sciml.graphs.class_nodes import append_labels
 from sciml.graphs.frozen_aggregation import FixedGraph, FrozenInput
 from sciml.graphs.single_forward import ClassNodeGNN
-from sciml.graphs.stages import unit_rows
+from sciml.graphs.stages import GraphStage, unit_rows
 
 __all__ = ["ClassNodeFFGNN", "ForwardForwardTraining", "LabelFFGNN", "ff_loss", "goodness"]
 
@@ -211,7 +211,7 @@ class ForwardForwardTraining:
         chunk: int | None = None,
     ) -> None:
         self.network = network
-        self.stages = list(network.stages)
+        self.stages: list[GraphStage] = list(network.stages)
         self.n_nodes, self.n_samples = len(x), len(network.train_nodes)
         self.validation_nodes, self.validation_labels = validation_nodes, validation_labels
         self.theta, self.cache, self.one_hop, self.chunk = theta, cache, one_hop, chunk

@@ -17,7 +17,7 @@ from sciml.graphs.class_nodes import (
 )
 from sciml.graphs.forward_forward import ClassNodeFFGNN, ForwardForwardTraining, LabelFFGNN
 from sciml.graphs.graph_checks import check_graph, check_labels, check_mask
-from sciml.graphs.layer_training import LayerTask, train_layers
+from sciml.graphs.layer_training import train_layers
 from sciml.graphs.network_setup import layer_widths, make_stages
 from sciml.graphs.parameter_checks import TOP_DOWN, derived_seed, node_ids
 from sciml.graphs.single_forward import ClassNodeGNN, SingleForwardGNN, SingleForwardTraining
@@ -223,11 +223,11 @@ def train_network(
 ) -> tuple[Tensor, Tensor, list[list[dict[str, float]]]]:
     """Train a network; return probabilities, those of the layers, and the histories."""
     data = task.data
-    graph = tuple(
+    graph: Any = tuple(
         value if value is None else value.detach().to(device)
         for value in (data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr"))
     )
-    held_out = task.validation.to(device), task.codes[task.validation].to(device)
+    held_out: Any = task.validation.to(device), task.codes[task.validation].to(device)
     settings: dict[str, Any] = {
         "lr": estimator.lr,
         "weight_decay": estimator.weight_decay,
@@ -255,7 +255,7 @@ def train_network(
         "one_hop": estimator.batch_size is not None,
         "chunk": None if estimator.batch_size is None else max(estimator.batch_size, 1024),
     }
-    training: LayerTask
+    training: SingleForwardTraining | ForwardForwardTraining
     if estimator.method == "sf":
         training = SingleForwardTraining(network, *graph, *held_out, **where)
     else:

@@ -129,7 +129,7 @@ def aggregates_once(conv: nn.Module) -> bool:
 
 
 def aggregate(
-    conv: nn.Module, x: Tensor, graph: FixedGraph, rows: Tensor | None = None
+    conv: Any, x: Tensor, graph: FixedGraph, rows: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Return what `transform` needs to know of `x`: constants with one row per node."""
     if type(conv) is GCNConv:

@@ -135,7 +135,9 @@ def labelled_pairs(
     values = set(labels.unique().tolist())
     if values != {0, 1}:
         raise ValueError(f"{name}.edge_label must hold 0 and 1, both, got {sorted(values)}")
-    parts = (data.edge_index, len(data.x), data.get("edge_weight"), data.get("edge_attr"))
-    moved = [part.to(device) if isinstance(part, Tensor) else part for part in parts]
-    graph = FixedGraph(*moved)
+    weight, attr = (
+        value if value is None else value.to(device)
+        for value in (data.get("edge_weight"), data.get("edge_attr"))
+    )
+    graph = FixedGraph(data.edge_index.to(device), len(data.x), weight, attr)
     return data.x.detach().to(device), graph, pairs.to(device), (labels == 1).to(device)

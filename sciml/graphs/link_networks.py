@@ -6,6 +6,7 @@ Park et al., "Forward Learning of Graph Neural Networks", ICLR 2024, arXiv:2403.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -73,6 +74,8 @@ class LinkGNN(nn.Module):
     theta : float
     """
 
+    stages: Any  # ModuleList of GraphStage
+
     def __init__(self, stages: Sequence[GraphStage], objective: str, theta: float) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
@@ -110,6 +113,8 @@ class TopDownLinkGNN(nn.Module):
     alternating : bool
     eval_steps, eval_burn_in : int
     """
+
+    stages: Any  # ModuleList of GraphStage
 
     def __init__(
         self,
@@ -212,7 +217,8 @@ class LinkTraining:
         one_hop: bool = False,
         chunk: int | None = None,
     ) -> None:
-        self.network, self.stages = network, list(network.stages)
+        self.network = network
+        self.stages: list[GraphStage] = list(network.stages)
         self.h, self.graph, self.pairs, self.linked = x, graph, pairs, linked
         self.n_samples = len(linked)
         self.cache, self.one_hop, self.chunk = cache, one_hop, chunk

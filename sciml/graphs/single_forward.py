@@ -15,6 +15,7 @@ Park et al., "Forward Learning of Graph Neural Networks", ICLR 2024, arXiv:2403.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class ClassNodeGNN(nn.Module):
     class_edge_attr : float or None, default=None
         Value of the edge features of class edges.
     """
+
+    stages: Any  # ModuleList of GraphStage
+    x_class: Tensor
+    train_nodes: Tensor
+    train_labels: Tensor
 
     def __init__(
         self,
@@ -195,7 +201,7 @@ class SingleForwardTraining:
         chunk: int | None = None,
     ) -> None:
         self.network = network
-        self.stages = list(network.stages)
+        self.stages: list[GraphStage] = list(network.stages)
         self.n_nodes = len(x)
         self.h, self.graph = network.augment(x, edge_index, edge_weight, edge_attr)
         self.class_nodes = torch.arange(self.n_nodes, len(self.h), device=x.device)

@@ -284,7 +284,7 @@ def _group(modules: list[nn.Module]) -> list[GraphStage]:
     return stages
 
 
-def _without_cache(conv: nn.Module) -> nn.Module:
+def _without_cache(conv: Any) -> Any:
     # A convolution's own cache is of another graph than the one with class nodes.
     if getattr(conv, "cached", False):
         conv.cached = False
