@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sklearn.utils import check_array, check_random_state
 
 from sciml._check import check_choice, check_integer, check_interval
-from sciml.kernels.linear_algebra import cholesky, solve_lower
+from sciml.kernels.linear_algebra import kernel_cholesky, solve_lower
 from sciml.kernels.pairwise import KernelLike, kernel_diag, pairwise_kernel
 
 __all__ = ["INKEstimate", "ink_estimate"]
@@ -67,9 +67,9 @@ def ink_estimate(
     ridge : float, default=1.0
         Ridge of the scores, positive.
     budget : int, default=600
-        Copies q. The expected dictionary holds at most about q points; 20 to 50 times the
-        effective dimension works in practice. The theory asks for
-        ``28 alpha beta d_eff log(4 n/delta) / eps^2``, far more.
+        Copies q. The expected dictionary holds at most about q points; 20 times the effective
+        dimension works in practice, and 50 to 100 times where the ridge is small. The theory
+        asks for ``28 alpha beta d_eff log(4 n/delta) / eps^2``, far more.
     eps : float in (0, 1), default=0.5
         Accuracy that the scores assume.
     shrink_expand : {"copies", "weights"}, default="copies"
@@ -98,7 +98,8 @@ def ink_estimate(
     Warns
     -----
     UserWarning
-        If d~ runs away, which means that the budget is too small.
+        If the dictionary cannot be accurate any more, which means that the budget is too small:
+        the Nyström matrix explains more of a new point than there is, or d~ runs away.
 
     Notes
     -----
@@ -147,7 +148,12 @@ def ink_estimate(
 
 
 class INKStream:
-    """State of INK-Estimate between arrivals; see `ink_estimate` for the arguments."""
+    """State of INK-Estimate between arrivals; see `ink_estimate` for the arguments.
+
+    The columns kept are rows of one array with spare rows and spare room, so that a step writes
+    a column and an entry instead of copying all of them. What is written lies outside what the
+    state before the step reads: a shallow copy taken before `update` stays valid.
+    """
 
     def __init__(
         self, ridge: float, budget: int, eps: float, shrink_expand: str, deff: str
@@ -161,9 +167,9 @@ class INKStream:
         self.copies = np.empty(0, np.int64)
         self.probabilities = np.empty(0)
         self.scores = np.empty(0)
-        # Rows grow by doubling, so that a step does not copy all columns.
-        self._columns = np.empty((64, 0))
-        self._gram = np.empty((0, 0))
+        self._columns = np.zeros((16, 64))  # row `_slots[i]` holds the column of point i
+        self._slots = np.empty(0, np.int64)
+        self._gram = np.empty((0, 0))  # inner products of the columns kept
         self._warned = False
 
     @property
@@ -185,76 +191,83 @@ class INKStream:
 
     def update(self, column: NDArray[Any], value: float, rng: np.random.RandomState) -> None:
         """Take in a point: its kernel values with all points before it, and with itself."""
-        t = self.n_seen
         column = column.astype(np.float64)
-        if t == len(self._columns):
-            self._columns = np.concatenate([self._columns, np.empty_like(self._columns)])
-        kept = self._columns[:t]
-        row = column[self.indices]
-        scores, increment = self._estimate(kept, column, row, value)
+        self._check(column, value)
+        cross = self._with_columns(column)
+        scores, increment, possible = self.estimate(column, value, cross)
         self.effective_dimension += increment
+        self._join(column, value, cross)
+        self._shrink(scores, rng)
+        self._guard(possible)
 
-        # The new point joins: its column, and one more row for every column.
-        cross = kept.T @ column
-        self._gram += np.outer(row, row)
-        corner = column @ column + value**2
-        border = cross + row * value
-        self._gram = np.block([[self._gram, border[:, None]], [border[None], corner]])
-        columns = np.empty((len(self._columns), len(row) + 1))
-        columns[:t, :-1], columns[:t, -1] = kept, column
-        columns[t, :-1], columns[t, -1] = row, value
-        self._columns = columns
+    def estimate(
+        self, column: NDArray[np.float64], value: float, cross: NDArray[np.float64] | None = None
+    ) -> tuple[NDArray[np.float64], float, bool]:
+        """Scores of the points kept and of a new one, increment of d~, and a sign of trouble.
+
+        The last is False if the dictionary explains more of the point than there is, which an
+        accurate one cannot.
+        """
+        ridge, eta = self.ridge, self.alpha * self.ridge
+        if not len(self.indices):
+            return np.array([value / (value + eta)]), value / (value + ridge), True
+        cross = self._with_columns(column) if cross is None else cross
+        m, row, energy = len(cross), column[self.indices], float(column @ column)
+        root = np.sqrt(self.weights)
+        weight = root[:, None] * root
+        own = self._columns[self._slots[:, None], self.indices]  # kernel among the points kept
+        CC, W = weight * self._gram, weight * own
+        W.reshape(-1)[:: m + 1] += ridge
+        # (K~ + eta I)^{-1} between columns, by the Woodbury identity.
+        right = np.empty((m, m + 1))
+        np.multiply(root[:, None], self._gram, out=right[:, :m])
+        right[:, m] = root * cross
+        half = solve_lower(kernel_cholesky(CC + eta * W), right)
+        inner = (self._gram.diagonal() - np.einsum("ij,ij->j", half[:, :m], half[:, :m])) / eta
+        between = (cross - half[:, :m].T @ half[:, m]) / eta
+        explained = (energy - half[:, m] @ half[:, m]) / eta
+        possible = bool(explained <= value * (1 + 1e-9))
+        explained = min(explained, value)  # or else an inverse has negative entries
+        schur = value + eta - explained
+        quadratic = np.append(
+            inner + (row - between) ** 2 / schur, explained + (value - explained) ** 2 / schur
+        )
+        scores = (np.append(own.diagonal(), value) - quadratic) / eta
+
+        numerator = value - explained
+        if self.deff == "paper":
+            solved = np.linalg.solve(CC + ridge * W, root * cross)
+            kept = self._columns[self._slots, : self.n_seen]
+            residual = (column - (root * solved) @ kept) / ridge
+            numerator -= (1 - self.eps) ** 2 / 4 * ridge * float(residual @ residual)
+        increment = max(0.0, numerator / (value + ridge - explained))
+        return np.clip(scores, 0, 1), increment, possible
+
+    def _with_columns(self, column: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (self._columns[:, : self.n_seen] @ column)[self._slots]
+
+    def _join(self, column: NDArray[np.float64], value: float, cross: NDArray[np.float64]) -> None:
+        """Add the new point: its column, and one more entry for every other column."""
+        t, row = self.n_seen, column[self.indices]
+        taken = np.zeros(len(self._columns) + 1, dtype=bool)
+        taken[self._slots] = True
+        slot = int(taken.argmin())
+        if t == self._columns.shape[1] or slot == len(self._columns):
+            room = np.zeros((max(len(self._columns), 2 * slot), max(64, 2 * t)))
+            room[: len(self._columns), :t] = self._columns[:, :t]
+            self._columns = room
+        self._columns[self._slots, t] = row
+        self._columns[slot, :t], self._columns[slot, t] = column, value
+        gram = np.empty((len(row) + 1, len(row) + 1))
+        gram[:-1, :-1] = self._gram + row[:, None] * row
+        gram[:-1, -1] = gram[-1, :-1] = cross + row * value
+        gram[-1, -1] = column @ column + value**2
+        self._gram = gram
+        self._slots = np.append(self._slots, slot)
         self.indices = np.append(self.indices, t)
         self.copies = np.append(self.copies, 1 if self.shrink_expand == "weights" else self.budget)
         self.probabilities = np.append(self.probabilities, 1.0)
         self.n_seen = t + 1
-        self._shrink(scores, rng)
-        self._guard()
-
-    def _estimate(
-        self,
-        kept: NDArray[np.float64],
-        column: NDArray[np.float64],
-        row: NDArray[np.float64],
-        value: float,
-    ) -> tuple[NDArray[np.float64], float]:
-        """Scores of the dictionary's points and of the new one; increment of d~."""
-        ridge, eta = self.ridge, self.alpha * self.ridge
-        root = np.sqrt(self.weights)
-        # Kernel among the points kept, from their columns.
-        own = kept[self.indices] if len(self.indices) else np.empty((0, 0))
-        W = root[:, None] * own * root
-        W[np.diag_indices_from(W)] += ridge
-        CC = root[:, None] * self._gram * root
-        g = root * (kept.T @ column)  # C' k
-        energy = float(column @ column)
-        if len(root):
-            factor = cholesky(CC + eta * W)
-            G = root[:, None] * self._gram  # C' times the raw columns
-            half = solve_lower(factor, np.column_stack([G, g]))
-            # (K~ + eta I)^{-1} between columns, by the Woodbury identity.
-            inner = (np.diag(self._gram) - (half[:, :-1] ** 2).sum(0)) / eta
-            cross = (kept.T @ column - half[:, :-1].T @ half[:, -1]) / eta
-            with_itself = (energy - half[:, -1] @ half[:, -1]) / eta
-        else:
-            inner = cross = np.empty(0)
-            with_itself = energy / eta
-        schur = value + eta - with_itself
-        quadratic = inner + (row - cross) ** 2 / schur
-        new = with_itself + (value - with_itself) ** 2 / schur
-        diagonal = own.diagonal() if len(root) else np.empty(0)
-        scores = (np.append(diagonal, value) - np.append(quadratic, new)) / eta
-
-        numerator = value - with_itself
-        if self.deff == "paper":
-            if len(root):
-                solved = np.linalg.solve(CC + ridge * W, g)
-                residual = (column - kept @ (root * solved)) / ridge
-            else:
-                residual = column / ridge
-            numerator -= (1 - self.eps) ** 2 / 4 * ridge * float(residual @ residual)
-        increment = max(0.0, numerator / (value + ridge - with_itself))
-        return np.clip(scores, 0, 1), increment
 
     def _shrink(self, scores: NDArray[np.float64], rng: np.random.RandomState) -> None:
         tiny = np.finfo(float).tiny
@@ -264,26 +277,42 @@ class INKStream:
         if self.shrink_expand == "copies":
             copies = rng.binomial(copies, probabilities / self.probabilities)
         else:
-            for i in range(len(copies)):
+            for i in np.flatnonzero(copies * probabilities <= 1 / self.budget):
                 while copies[i] and copies[i] * probabilities[i] <= 1 / self.budget:
                     stays = rng.uniform() < copies[i] / (copies[i] + 1)
                     copies[i] = copies[i] + 1 if stays else 0
         if not copies.any():
             copies[-1], probabilities[-1] = self.copies[-1], 1.0
         keep = np.flatnonzero(copies)
-        self.indices, self.copies = self.indices[keep], copies[keep]
-        self.probabilities, self.scores = probabilities[keep], scores[keep]
-        self._columns = self._columns[:, keep]
-        self._gram = self._gram[np.ix_(keep, keep)]
+        self.scores = scores[keep]
+        self.copies, self.probabilities = copies[keep], probabilities[keep]
+        if len(keep) < len(copies):
+            self.indices, self._slots = self.indices[keep], self._slots[keep]
+            self._gram = self._gram[keep[:, None], keep]
 
-    def _guard(self) -> None:
+    def _check(self, column: NDArray[np.float64], value: float) -> None:
+        """Raise ValueError at values that no positive semidefinite kernel has."""
+        t = self.n_seen
+        if len(column) != t:
+            raise ValueError(f"column must have {t} kernel values, got {len(column)}")
+        own = self._columns[self._slots, self.indices]
+        bound = np.maximum(own * value, 0)
+        if value < 0 or (column[self.indices] ** 2 > bound * (1 + 1e-4) + 1e-12).any():
+            raise ValueError(
+                "kernel must be positive semidefinite, but for a row "
+                f"k(x, x)={value:.3g} is negative or less than k(x, y)^2 / k(y, y)"
+            )
+
+    def _guard(self, possible: bool) -> None:
+        """Warn once when the dictionary has lost its accuracy."""
         estimate = float(self.weights @ self.scores)
         runaway = self.effective_dimension > max(10.0, 4 * self.alpha * estimate)
-        if runaway and self.n_seen >= 20 and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the effective dimension is estimated at {self.effective_dimension:.1f}, but "
-                f"the dictionary of {len(self.indices)} points explains {estimate:.1f}: "
-                f"budget={self.budget} is too small",
-                stacklevel=4,
-            )
+        if self._warned or (possible and not (runaway and self.n_seen >= 20)):
+            return
+        self._warned = True
+        warnings.warn(
+            f"the dictionary of {len(self.indices)} points cannot be accurate after "
+            f"{self.n_seen} rows (effective dimension about {self.effective_dimension:.1f}): "
+            f"budget={self.budget} is too small for ridge={self.ridge}",
+            stacklevel=4,
+        )

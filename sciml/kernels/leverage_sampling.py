@@ -19,9 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sciml.kernels.linear_algebra import cholesky, eigh, solve_lower, to_numpy
+from sciml.kernels.linear_algebra import (
+    add_to_diagonal,
+    eigh,
+    kernel_cholesky,
+    solve_lower,
+    to_double,
+    to_numpy,
+)
 from sciml.kernels.ridge_leverage import ridge_leverage_scores
-from sciml.kernels.squeak import _like, _take
+from sciml.kernels.squeak import _like, _take, check_residuals
 
 __all__ = [
     "Sample",
@@ -34,6 +41,7 @@ __all__ = [
 Array = Any
 Kernel = Callable[[Array, Array | None], Array]
 Diagonal = Callable[[Array], Array]
+_BLOCK = 4096  # rows that are scored at once
 
 
 class Sample(NamedTuple):
@@ -59,7 +67,8 @@ def exact_leverage_sample(
     rng: np.random.RandomState,
 ) -> Sample:
     """Draw points in proportion to their exact scores, O(n^3)."""
-    scores = to_numpy(ridge_leverage_scores(kernel(X, None), ridge)).astype(np.float64)
+    K = to_double(kernel(to_double(X), None))
+    scores = to_numpy(ridge_leverage_scores(K, ridge))
     n_components = min(n_components, int((scores > 0).sum()))
     inclusion = _inclusion(scores, n_components)
     # Systematic sampling: a fixed size, and each point with its inclusion probability.
@@ -90,6 +99,7 @@ def recursive_leverage_sample(
     sizes = [n]
     for _ in range(levels):
         sizes.append(int(np.ceil(sizes[-1] / 2)))
+    values = _kernel_diagonal(diagonal, X)
     oversample = max(np.log(size), 1.0)
     rank = int(np.ceil(size / (4 * oversample)))
 
@@ -99,18 +109,17 @@ def recursive_leverage_sample(
     for level in range(levels - 1, -1, -1):
         top = level == 0
         current = permutation[: sizes[level]]
-        points = _take(X, current)
-        KS = kernel(points, _take(X, chosen))
-        SKS = to_numpy(kernel(_take(X, chosen), None)).astype(np.float64)
+        landmarks = to_double(_take(X, chosen))
+        system = to_double(kernel(landmarks, None)) + 0  # a copy: the ridge goes in place
+        SKS = to_numpy(system)
         if rank >= len(chosen):
-            ridge = 1e-5
+            ridge = max(1e-5, 1e-10 * values.max())
         else:
             eigenvalues = np.linalg.eigvalsh(weights[:, None] * SKS * weights)
             tail = (SKS.diagonal() * weights**2).sum() - np.abs(eigenvalues[-rank:]).sum()
-            ridge = max(tail / rank, 1e-12)
-        system = SKS + np.diag(ridge / weights**2)
-        half = solve_lower(cholesky(_like(system, KS)), KS.T)
-        residual = to_numpy(diagonal(points) - (half * half).sum(0)).astype(np.float64)
+            ridge = max(tail / rank, 1e-10 * values.max())
+        add_to_diagonal(system, _like(ridge / weights**2, system))
+        residual = _residuals(X, current, values, kernel, landmarks, system)
         scale = 1.0 if top else oversample
         leverage = np.clip(scale / ridge * np.maximum(residual, 0), 0, 1)
         if not leverage.sum():
@@ -145,7 +154,7 @@ def bless_sample(
     landmarks, not of n.
     """
     n = len(X)
-    values = to_numpy(diagonal(X)).astype(np.float64)
+    values = _kernel_diagonal(diagonal, X)
     # The published order: the first landmarks are drawn for a ridge of n.
     keep = rng.uniform(size=n) < np.minimum(budget * values / n, 1)
     keep[0] = True
@@ -157,12 +166,10 @@ def bless_sample(
         candidates = np.flatnonzero(rng.uniform(size=n) < ceiling)
         if not len(candidates):
             candidates = np.array([int(rng.randint(n))])
-        landmarks = _take(X, chosen)
-        KD = kernel(landmarks, None)
-        system = KD + 0
-        system.reshape(-1)[:: len(chosen) + 1] += _like(step * probabilities, KD)
-        half = solve_lower(cholesky(system), kernel(landmarks, _take(X, candidates)))
-        residual = values[candidates] - to_numpy((half * half).sum(0))
+        landmarks = to_double(_take(X, chosen))
+        system = to_double(kernel(landmarks, None)) + 0
+        add_to_diagonal(system, _like(step * probabilities, system))
+        residual = _residuals(X, candidates, values, kernel, landmarks, system)
         tau = np.clip(residual / step, 0, 1)
         share = np.minimum(budget * tau, ceiling[candidates]) / ceiling[candidates]
         kept = np.flatnonzero(rng.uniform(size=len(candidates)) < share)
@@ -174,8 +181,41 @@ def bless_sample(
     return Sample(chosen, 1 / np.maximum(probabilities, 1 / n), scores)
 
 
+def _kernel_diagonal(diagonal: Diagonal, X: Array) -> NDArray[np.float64]:
+    values = to_numpy(diagonal(X)).astype(np.float64)
+    if values.min() < 0:
+        raise ValueError(
+            f"kernel must be positive semidefinite, but k(x, x) is {values.min():.3g} for a row"
+        )
+    return values
+
+
+def _residuals(
+    X: Array,
+    rows: NDArray[np.int64],
+    values: NDArray[np.float64],
+    kernel: Kernel,
+    landmarks: Array,
+    system: Array,
+) -> NDArray[np.float64]:
+    """``k_ii - k_i' system^{-1} k_i`` for the kernel values k_i of some rows with landmarks."""
+    factor = kernel_cholesky(system)
+    residual = np.empty(len(rows))
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
+        half = solve_lower(factor, to_double(kernel(landmarks, to_double(_take(X, block)))))
+        residual[start : start + _BLOCK] = values[block] - to_numpy((half * half).sum(0))
+    check_residuals(residual, values[rows])
+    return residual
+
+
 def nystroem_map(
-    K: Array, weights: NDArray[np.float64] | None, ridge: float, *, cutoff: float = 0.0
+    K: Array,
+    weights: NDArray[np.float64] | None,
+    ridge: float,
+    *,
+    cutoff: float = 0.0,
+    share: float = 1.0,
 ) -> tuple[Array, float]:
     """Matrix that turns kernel values with landmarks into features, and the effective dimension.
 
@@ -191,29 +231,46 @@ def nystroem_map(
     cutoff : float, default=0.0
         Without weights, directions with eigenvalues below this share of the largest are left
         out; at least those at rounding level are.
+    share : float, default=1.0
+        Without weights, how many rows a landmark stands for in the effective dimension.
 
     Returns
     -------
     normalization : array of shape (m, m)
         Features of x are ``k(x, landmarks) @ normalization.T``.
     effective_dimension : float
-        ``trace(S'KS (S'KS + ridge I)^{-1})``, with uniform weights if there are none.
+        ``trace(S'KS (S'KS + ridge I)^{-1})``, with weights `share` if there are none.
+
+    Raises
+    ------
+    ValueError
+        If K has a negative eigenvalue beyond rounding.
     """
     if weights is None:
         values, vectors = eigh(K)
-        spectrum = np.maximum(to_numpy(values).astype(float), 0)
+        spectrum = _nonnegative(to_numpy(values).astype(float))
         # Directions at rounding level are noise: scaling them up would only amplify it.
         eps = np.finfo(str(K.dtype).replace("torch.", "")).eps
         noise = spectrum <= max(cutoff, eps * len(spectrum)) * spectrum.max()
         inverse = np.where(noise, 0, 1 / np.sqrt(np.where(noise, 1, spectrum)))
-        dimension = float((spectrum / (spectrum + ridge)).sum())
+        dimension = float((spectrum / (spectrum + ridge / share)).sum())
         return (vectors * _like(inverse, K)) @ vectors.T, dimension
     root = _like(np.sqrt(weights), K)
     values, vectors = eigh(root[:, None] * K * root)
-    spectrum = np.maximum(to_numpy(values).astype(float), 0)
+    spectrum = _nonnegative(to_numpy(values).astype(float))
     scale = _like(1 / np.sqrt(spectrum + ridge), K)
     dimension = float((spectrum / (spectrum + ridge)).sum())
     return ((vectors * scale) @ vectors.T) * root, dimension
+
+
+def _nonnegative(spectrum: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Eigenvalues of a kernel matrix without the negative ones that rounding makes."""
+    if spectrum.min() < -1e-4 * abs(spectrum).max():
+        raise ValueError(
+            "kernel must be positive semidefinite, but its matrix on the landmarks has the "
+            f"eigenvalue {spectrum.min():.3g}"
+        )
+    return np.maximum(spectrum, 0)
 
 
 def _inclusion(scores: NDArray[np.float64], size: int) -> NDArray[np.float64]:

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-__all__ = ["array_library", "cholesky", "eigh", "matmul", "solve_lower", "to_numpy"]
+__all__ = [
+    "add_to_diagonal",
+    "array_library",
+    "cholesky",
+    "eigh",
+    "kernel_cholesky",
+    "matmul",
+    "solve_lower",
+    "to_double",
+    "to_numpy",
+]
 
 Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 
@@ -28,6 +38,22 @@ def to_numpy(array: Array) -> np.ndarray[Any, np.dtype[Any]]:
     if library == "cupy":
         return array.get()
     return np.asarray(array)
+
+
+def to_double(array: Array) -> Array:
+    """Return `array` in float64 if it is in float32, else as it is (positions stay integers)."""
+    if not str(array.dtype).endswith("float32"):
+        return array
+    return array.double() if array_library(array) == "torch" else array.astype(np.float64)
+
+
+def add_to_diagonal(matrix: Array, values: Any) -> None:
+    """Add a number, or an array of shape (n,), to the diagonal of a matrix in place."""
+    if array_library(matrix) == "numpy":
+        diagonal = np.einsum("ii->i", matrix)  # unlike numpy's diagonal(), a writable view
+    else:
+        diagonal = matrix.diagonal()
+    diagonal += values
 
 
 def matmul(a: Array, b: Array, out: Array) -> None:
@@ -69,6 +95,23 @@ def cholesky(matrix: Array) -> Array:
             raise np.linalg.LinAlgError("matrix is not positive definite")
         return factor
     return scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
+
+
+def kernel_cholesky(matrix: Array) -> Array:
+    """Return the lower Cholesky factor of a kernel matrix plus a ridge.
+
+    Raises
+    ------
+    ValueError
+        If the matrix is not positive definite, which no kernel matrix can cause.
+    """
+    try:
+        return cholesky(matrix)
+    except np.linalg.LinAlgError:
+        raise ValueError(
+            "kernel must be positive semidefinite, but its matrix on some of the points has a "
+            "negative eigenvalue (or ridge is below the rounding errors of the kernel values)"
+        ) from None
 
 
 def solve_lower(factor: Array, right: Array, *, transposed: bool = False) -> Array:

@@ -42,7 +42,7 @@ from sciml.kernels.leverage_sampling import (
     recursive_leverage_sample,
     uniform_sample,
 )
-from sciml.kernels.linear_algebra import array_library, matmul, to_numpy
+from sciml.kernels.linear_algebra import array_library, matmul, to_double, to_numpy
 from sciml.kernels.pairwise import KernelLike, kernel_diag, pairwise_kernel
 from sciml.kernels.ridge_leverage import check_kernel_matrix
 from sciml.kernels.squeak import (
@@ -62,6 +62,7 @@ Array = Any
 METHODS = ("squeak", "ink", "bless", "recursive", "exact", "uniform")
 _BLOCK = 256  # arrivals at once: the cost a row is least near the size of the dictionary
 _TILE = 1024  # rows of a kernel tile in transform
+_FROZEN = ("method", "kernel", "gamma", "degree", "coef0", "ridge", "eps", "budget")
 _DEFAULT_BUDGET = {"squeak": 20, "ink": 600, "bless": 2}
 
 
@@ -129,7 +130,8 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     leverage_scores_ : ndarray of shape (m,)
         Estimated ridge leverage scores; NaN where none were estimated.
     effective_dimension_ : float
-        Estimate of ``trace(K (K + ridge I)^{-1})`` from the landmarks.
+        Estimate of ``trace(K (K + ridge I)^{-1})`` from the weighted landmarks; for "recursive"
+        and landmarks of your own that of the landmarks alone, which is a lower bound.
     normalization_ : array of shape (m, m)
         Features are ``K(X, components_) @ normalization_.T``.
     n_features_in_ : int
@@ -182,6 +184,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     _points: Array
     _reservoir: list[tuple[int, Array]]
     _n_streamed: int
+    _started_with: dict[str, Any]  # parameters that may not change within a stream
     _plain: bool  # whether features are those of C K^{-1} C', without weights and ridge
 
     def __init__(
@@ -245,7 +248,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             if chunks is not None:
                 self._fit_chunks(chunks, rng)
                 return self
-            X = self._validate(X, reset=True)
+            X = self._validate(X, reset=True, blockwise=True)
             self.n_samples_seen_ = len(X)
             if _is_precomputed(self.kernel):
                 check_kernel_matrix(X)
@@ -280,15 +283,15 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """
         self._check_arguments()
         first = not hasattr(self, "_rng")
-        X = self._validate(X, reset=first)
+        if not first:
+            self._check_unchanged()
+        X = self._validate(X, reset=first, blockwise=True)
         if first:
             self._forget()
             # A copy, so that the caller's generator is not shared with the pickled state.
             self._rng = copy.deepcopy(check_random_state(self.random_state))
-            self.n_samples_seen_ = 0
         with _threads(self.n_jobs):
-            self._stream(X, self._rng)
-            self._finish_stream(self._rng)
+            self._stream_and_finish(X, self._rng)
         return self
 
     def transform(self, X: Any) -> Any:
@@ -344,9 +347,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.landmarks is not None:
             self._use_landmarks(points, kernel, precomputed)
         elif self.method in ("squeak", "ink"):
-            self._stream(points, rng, precomputed)
-            self._finish_stream(rng, precomputed)
-            self._rng = copy.deepcopy(rng)  # partial_fit goes on from here
+            self._stream_and_finish(points, rng, precomputed)
         elif self.method == "uniform":
             m = 100 if self.n_components is None else self.n_components
             if m > n:
@@ -376,6 +377,24 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 indices, scores = indices[keep], scores[keep]
             self._set(points, indices, weights, scores, kernel)
 
+    def _stream_and_finish(
+        self, X: Array, rng: np.random.RandomState, precomputed: Array | None = None
+    ) -> None:
+        """Take in rows; if interrupted, the blocks that are done make a fitted estimator."""
+        try:
+            self._stream(X, rng, precomputed)
+        except KeyboardInterrupt:
+            if self._n_rows():
+                self._finish_stream(rng, precomputed)
+            raise
+        finally:
+            if rng is not getattr(self, "_rng", None):
+                self._rng = copy.deepcopy(rng)  # partial_fit goes on from here
+        self._finish_stream(rng, precomputed)
+
+    def _n_rows(self) -> int:
+        return self._n_streamed if self._dictionary is None else int(self._dictionary.n_seen)
+
     def _stream(
         self, X: Array, rng: np.random.RandomState, precomputed: Array | None = None
     ) -> None:
@@ -385,6 +404,8 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             kernel, _ = self._kernel_functions(precomputed)
             for start in tqdm(starts, disable=not self.verbose, unit="block"):
                 rows = _own(X[start : start + _BLOCK])
+                if precomputed is None and not str(rows.dtype).endswith(("float32", "float64")):
+                    rows = rows.astype(np.float64)  # of a memory map
                 check_finite("X", rows)
                 grown = expand(self._dictionary, rows, self._copies())
                 scores = squeak_scores(grown, kernel, self.ridge, self.eps)
@@ -393,40 +414,39 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._stream_ink(X, rng, precomputed)
         else:
             self._stream_uniform(X, rng)
-        if precomputed is None:
-            self.n_samples_seen_ = (
-                self._dictionary.n_seen if self.method == "squeak" else self._n_streamed
-            )
 
     def _stream_ink(self, X: Array, rng: np.random.RandomState, precomputed: Array | None) -> None:
         if self._ink is None:
             self._ink = INKStream(self.ridge, self._copies(), self.eps, "copies", "safe")
         kernel, diagonal = self._kernel_functions(precomputed)
         # INK-Estimate looks at every past point: all are kept, as the method demands.
-        self._points = X if self._points is None else _concatenate(self._points, X)
+        # Rows that an interrupt left beyond n_seen go.
+        before = self._ink.n_seen
+        self._points = _own(X) if before == 0 else _concatenate(self._points[:before], X)
         values = to_numpy(diagonal(X))
         for i in tqdm(range(len(X)), disable=not self.verbose, unit="row"):
             t = self._ink.n_seen
             past = self._points[:t]
             column = to_numpy(kernel(past, X[i : i + 1]))[:, 0] if t else np.empty(0)
-            self._ink.update(column, float(values[i]), rng)
-        self._n_streamed = self._ink.n_seen
+            after = copy.copy(self._ink)  # an interrupt within the step leaves no half of it
+            after.update(column, float(values[i]), rng)
+            self._ink, self._n_streamed = after, after.n_seen
 
     def _stream_uniform(self, X: Array, rng: np.random.RandomState) -> None:
         """Reservoir sampling: after t rows every set of m rows is as likely as any other."""
         m = 100 if self.n_components is None else self.n_components
-        for i in range(len(X)):
-            t = self._n_streamed
-            self._n_streamed += 1
-            if len(self._reservoir) < m:
-                self._reservoir.append((t, _own(X[i : i + 1])))
-                continue
-            place = int(rng.randint(t + 1))
-            if place < m:
-                self._reservoir[place] = (t, _own(X[i : i + 1]))
+        seen, reservoir = self._n_streamed, list(self._reservoir)
+        first = min(max(m - len(reservoir), 0), len(X))
+        reservoir += [(seen + i, _own(X[i : i + 1])) for i in range(first)]
+        places = rng.randint(seen + 1 + np.arange(first, len(X)))
+        for i in np.flatnonzero(places < m):
+            row = first + int(i)
+            reservoir[int(places[i])] = (seen + row, _own(X[row : row + 1]))
+        self._reservoir, self._n_streamed = reservoir, seen + len(X)
 
     def _finish_stream(self, rng: np.random.RandomState, precomputed: Array | None = None) -> None:
         kernel, _ = self._kernel_functions(precomputed)
+        self.n_samples_seen_ = self._n_rows()
         if self.method == "squeak":
             dictionary = self._dictionary
             if self.n_components is not None:
@@ -491,7 +511,6 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 before = stack.pop()[1]
                 part = merge_dictionaries(before, part, kernel, self.ridge, self.eps, rng)
             self._dictionary = part
-        self.n_samples_seen_ = self._dictionary.n_seen
         self._finish_stream(rng)
         self._rng = copy.deepcopy(rng)
 
@@ -520,7 +539,8 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """Dictionary of one chunk alone."""
         one = self._unfitted()
         one._forget()
-        one._stream(one._validate(chunk, reset=True), check_random_state(seed))
+        rows = one._validate(chunk, reset=True, blockwise=True)
+        one._stream(rows, check_random_state(seed))
         if hasattr(self, "n_features_in_") and one.n_features_in_ != self.n_features_in_:
             raise ValueError(
                 f"X must have chunks with {self.n_features_in_} features, got {one.n_features_in_}"
@@ -589,9 +609,18 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if not _is_precomputed(self.kernel):
             self.components_ = points
         self._plain = plain
-        self.normalization_, self.effective_dimension_ = nystroem_map(
-            kernel(points, None), None if plain else weights, self.ridge
+        # The m x m algebra is done in float64; features have the dtype of the data.
+        K = kernel(to_double(points), None)
+        like = K if _is_precomputed(self.kernel) else points
+        precision = np.finfo(str(like.dtype).replace("torch.", "")).eps
+        normalization, self.effective_dimension_ = nystroem_map(
+            to_double(K),
+            None if plain else weights,
+            self.ridge,
+            cutoff=float(precision) * len(K),
+            share=float(weights[0]),
         )
+        self.normalization_ = _cast(normalization, like)
         self._n_features_out = len(indices)
 
     def _kernel_functions(self, precomputed: Array | None) -> tuple[Any, Any]:
@@ -631,8 +660,13 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self._points = None
         self._reservoir = []
         self._n_streamed = 0
+        self._started_with = {name: getattr(self, name) for name in (*_FROZEN, "n_components")}
 
-    def _validate(self, X: Any, *, reset: bool) -> Array:
+    def _validate(self, X: Any, *, reset: bool, blockwise: bool = False) -> Array:
+        """Check X; a memory map that goes through `_stream` in blocks is only read there."""
+        blockwise &= self.method == "squeak" and self.landmarks is None
+        if blockwise and isinstance(X, np.memmap) and X.dtype.kind in "fiub":
+            return validate_data(self, X, dtype=None, ensure_all_finite=False, reset=reset)
         if array_library(X) == "numpy":
             return validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
         if X.ndim != 2 or not str(X.dtype).endswith(("float32", "float64")):
@@ -648,6 +682,16 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 f"{self.n_features_in_} features as input"
             )
         return X
+
+    def _check_unchanged(self) -> None:
+        names = (*_FROZEN, "n_components") if self.method == "uniform" else _FROZEN
+        for name in names:
+            before, now = self._started_with[name], getattr(self, name)
+            if before is not now and before != now:
+                raise ValueError(
+                    f"{name} must stay {before!r} in the middle of a stream, got {now!r}; "
+                    "fit starts a new one"
+                )
 
     def _check_arguments(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -728,7 +772,6 @@ def merge(
         a._dictionary, b._dictionary, kernel, a.ridge, a.eps, rng
     )
     merged.n_features_in_ = a.n_features_in_
-    merged.n_samples_seen_ = merged._dictionary.n_seen
     merged._rng = rng
     merged._finish_stream(rng)
     return merged

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sciml._check import check_finite, check_interval, check_square
-from sciml.kernels.linear_algebra import array_library, cholesky, solve_lower
+from sciml.kernels.linear_algebra import add_to_diagonal, array_library, cholesky, solve_lower
 from sciml.kernels.pairwise import KernelLike, pairwise_kernel
 
 __all__ = ["effective_dimension", "ridge_leverage_scores"]
@@ -76,25 +76,26 @@ def ridge_leverage_scores(
     n = len(K)
     # One copy, whose diagonal alone changes between the two factorisations.
     shifted = K.clone() if array_library(K) == "torch" else K.copy()
-    diagonal = shifted.reshape(-1)[:: n + 1]
-    scale = float(diagonal.max())
     eps = float(np.finfo(str(K.dtype).replace("torch.", "")).eps)
+    rounding = 4 * n * eps * float(K.diagonal().max())
     try:
-        diagonal += 4 * n * eps * scale
+        add_to_diagonal(shifted, rounding)
         cholesky(shifted)
-        diagonal += ridge - 4 * n * eps * scale
+        add_to_diagonal(shifted, ridge - rounding)
         factor = cholesky(shifted)
     except np.linalg.LinAlgError:
         raise ValueError(
-            "the kernel matrix must be positive semidefinite, but it has a negative eigenvalue"
+            "the kernel matrix must be positive semidefinite, but it has a negative eigenvalue "
+            "(or ridge is below the rounding errors of its entries)"
         ) from None
     # The inverse of L by columns: [A^{-1}]_ii is the squared norm of its i-th column.
+    # Columns from `start` on are zero above it, which leaves a third of the work.
     inverse_diagonal = K.diagonal() * 0
     for start in range(0, n, _BLOCK):
         stop = min(start + _BLOCK, n)
-        unit = shifted[:, : stop - start] * 0
-        unit[start:stop] += _eye(stop - start, unit)
-        columns = solve_lower(factor, unit)
+        unit = shifted[start:, : stop - start] * 0
+        unit[: stop - start] += _eye(stop - start, unit)
+        columns = solve_lower(factor[start:, start:], unit)
         inverse_diagonal[start:stop] = (columns * columns).sum(0)
     scores = 1 - ridge * inverse_diagonal
     return scores.clip(0, 1)

@@ -25,9 +25,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sciml.kernels.linear_algebra import array_library, cholesky, solve_lower, to_numpy
+from sciml.kernels.linear_algebra import (
+    add_to_diagonal,
+    array_library,
+    kernel_cholesky,
+    solve_lower,
+    to_double,
+    to_numpy,
+)
 
-__all__ = ["Dictionary", "expand", "merge_dictionaries", "shrink", "squeak_scores", "thin"]
+__all__ = [
+    "Dictionary",
+    "check_residuals",
+    "expand",
+    "merge_dictionaries",
+    "shrink",
+    "squeak_scores",
+    "thin",
+]
 
 Array = Any
 Kernel = Callable[[Array, Array | None], Array]
@@ -126,29 +141,32 @@ def squeak_scores(
     ------
     ValueError
         If the kernel is not positive semidefinite.
+
+    Notes
+    -----
+    Computed in float64 whatever the dtype of the points: the residuals are differences, and a
+    small ridge would drown in the rounding of float32.
     """
-    K = kernel(dictionary.points, None)
+    K = to_double(kernel(to_double(dictionary.points), None))
     root = _like(np.sqrt(dictionary.weights), K)
     weighted = root[:, None] * K  # S'K
     inside = (1 + eps) * ridge if merged else ridge
     system = weighted * root
-    system.reshape(-1)[:: len(K) + 1] += inside
-    try:
-        factor = cholesky(system)
-    except np.linalg.LinAlgError:
-        raise ValueError(
-            "kernel must be positive semidefinite, but its matrix on some of the points has a "
-            "negative eigenvalue"
-        ) from None
-    half = solve_lower(factor, weighted)
-    residual = to_numpy(K.diagonal() - (half * half).sum(0)).astype(np.float64)
-    scale = float(np.abs(to_numpy(K.diagonal())).max())
-    if residual.min() < -1e-3 * scale:
-        raise ValueError(
-            "kernel must be positive semidefinite, but a point is farther than its own length "
-            f"from the others (residual {residual.min():.3g})"
-        )
+    add_to_diagonal(system, inside)
+    half = solve_lower(kernel_cholesky(system), weighted)
+    values = to_numpy(K.diagonal())
+    residual = values - to_numpy((half * half).sum(0))
+    check_residuals(residual, values)
     return np.clip((1 - eps) / ridge * residual, 0, 1)
+
+
+def check_residuals(residual: NDArray[np.float64], values: NDArray[np.float64]) -> None:
+    """Raise ValueError if ``k_ii - k_i' (...)^{-1} k_i`` is negative, as for no kernel."""
+    if residual.min() < -1e-3 * np.abs(values).max():
+        raise ValueError(
+            "kernel must be positive semidefinite, but the part of a point that the landmarks "
+            f"do not explain has the squared length {residual.min():.3g}"
+        )
 
 
 def shrink(

@@ -1,6 +1,8 @@
 """INK-Estimate: increments, estimator bounds, the Woodbury form, and unbiased weights."""
 
+import copy
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -54,8 +56,7 @@ def test_woodbury_equals_dense(form):
         indices, weights = stream.indices.copy(), stream.weights.copy()
         if 0 < len(indices):
             expected = dense_step(K[: t + 1, : t + 1], indices, weights, 1.0, 0.5)
-            row = K[indices, t]
-            got, _ = stream._estimate(stream._columns[:t], K[:t, t], row, K[t, t])
+            got, *_ = stream.estimate(K[:t, t], K[t, t])
             np.testing.assert_allclose(got, np.clip(expected, 0, 1), atol=1e-10)
             checked += len(indices)
         stream.update(K[:t, t], K[t, t], rng)
@@ -114,6 +115,64 @@ def test_small_budget_warns_and_keeps_a_point():
         result = ink_estimate(clustered(200), 1.0, budget=2, gamma=1.0, random_state=0)
     assert len(result.indices) >= 1
     assert np.isfinite(result.weights).all()
+
+
+@pytest.mark.parametrize("budget", [20, 50])
+@pytest.mark.parametrize("form", ["copies", "weights"])
+def test_lost_accuracy_never_passes_in_silence(form, budget):
+    """A dictionary that leaves most of the matrix unexplained has warned."""
+    X = clustered(300)
+    K = pairwise_kernel(X, gamma=1.0)
+    with pytest.warns(UserWarning, match=f"budget={budget} is too small for ridge=0.1"):
+        ink_estimate(
+            K, 0.1, budget=budget, kernel="precomputed", shrink_expand=form, random_state=0
+        )
+
+
+def test_sufficient_budget_is_silent():
+    X = clustered(300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for form in ("copies", "weights"):
+            ink_estimate(X, 1.0, budget=1500, gamma=1.0, shrink_expand=form, random_state=0)
+
+
+def test_steps_are_atomic():
+    """A copy of the state taken before a step is not touched by it."""
+    K = pairwise_kernel(clustered(90), gamma=1.0)
+    stream, straight = (INKStream(1.0, 100, 0.5, "copies", "safe") for _ in range(2))
+    rng, straight_rng = np.random.RandomState(0), np.random.RandomState(0)
+    for t in range(90):
+        before = copy.copy(stream)
+        stream.update(K[:t, t], K[t, t], np.random.RandomState(99))  # a step that is given up
+        stream = before
+        stream.update(K[:t, t], K[t, t], rng)
+        straight.update(K[:t, t], K[t, t], straight_rng)
+        np.testing.assert_array_equal(stream.indices, straight.indices)
+    np.testing.assert_array_equal(stream.scores, straight.scores)
+    assert stream.effective_dimension == straight.effective_dimension
+
+
+def test_columns_kept_are_those_of_the_kernel_matrix():
+    """Spare rows are used again and room grows without mixing columns up."""
+    K = pairwise_kernel(clustered(300), gamma=1.0)
+    stream = INKStream(1.0, 600, 0.5, "copies", "safe")
+    rng = np.random.RandomState(0)
+    for t in range(300):
+        stream.update(K[:t, t], K[t, t], rng)
+    assert stream._slots.tolist() != sorted(stream._slots.tolist())
+    kept = stream._columns[stream._slots, :300]
+    np.testing.assert_array_equal(kept, K[stream.indices])
+    np.testing.assert_allclose(stream._gram, kept @ kept.T, atol=1e-10)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_indefinite_kernel_is_refused(sign):
+    def kernel(X, Y):
+        return sign * (X == Y.T) + 2.0 * (X != Y.T)
+
+    with pytest.raises(ValueError, match="kernel must be positive semidefinite"):
+        ink_estimate(np.array([[0.0], [1.0]]), kernel=kernel)
 
 
 def test_guarantee_on_clustered_data():

@@ -183,6 +183,56 @@ def test_stream_interrupted_in_the_middle_keeps_whole_blocks(monkeypatch):
     np.testing.assert_array_equal(straight.component_indices_, estimator.component_indices_)
 
 
+@pytest.mark.parametrize("method", ["squeak", "ink"])
+def test_interrupted_fit_is_fitted_on_the_rows_done(method, monkeypatch):
+    X = clustered(700)
+    import sciml.kernels.nystroem as module
+
+    kernel_calls = []
+
+    def interrupted(*arguments, **options):
+        kernel_calls.append(1)
+        if len(kernel_calls) == stop:
+            raise KeyboardInterrupt
+        return pairwise_kernel(*arguments, **options)
+
+    stop = 3 if method == "squeak" else 120
+    estimator = RidgeLeverageNystroem(gamma=1.0, method=method, budget=100, random_state=0)
+    monkeypatch.setattr(module, "pairwise_kernel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        estimator.fit(X)
+    monkeypatch.undo()
+    done = {"squeak": 512, "ink": 120}[method]
+    assert estimator.n_samples_seen_ == done
+    assert np.isfinite(estimator.transform(X)).all()
+    estimator.partial_fit(X[done:])
+    straight = clone(estimator).fit(X)
+    np.testing.assert_array_equal(straight.component_indices_, estimator.component_indices_)
+    np.testing.assert_array_equal(straight.transform(X), estimator.transform(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ridge", 2.0), ("budget", 5), ("eps", 0.1), ("gamma", 3.0)]
+)
+def test_parameters_stay_within_a_stream(name, value):
+    X = clustered(100)
+    estimator = RidgeLeverageNystroem(gamma=1.0, random_state=0).partial_fit(X)
+    estimator.set_params(**{name: value})
+    with pytest.raises(ValueError, match=f"{name} must stay .* got {value}"):
+        estimator.partial_fit(X)
+    assert estimator.fit(X).partial_fit(X).n_samples_seen_ == 200
+
+
+def test_ink_owns_the_rows_it_looks_back_at():
+    X = clustered(120)
+    buffer = X[:60].copy()
+    estimator = RidgeLeverageNystroem(gamma=1.0, method="ink", random_state=0).partial_fit(buffer)
+    buffer[:] = X[60:]
+    estimator.partial_fit(buffer)
+    straight = RidgeLeverageNystroem(gamma=1.0, method="ink", random_state=0).fit(X)
+    np.testing.assert_array_equal(straight.component_indices_, estimator.component_indices_)
+
+
 def test_fit_then_partial_fit_goes_on():
     X = clustered(512)
     on = RidgeLeverageNystroem(gamma=1.0, random_state=0).fit(X[:256]).partial_fit(X[256:])
@@ -275,6 +325,25 @@ def test_memory_map(tmp_path):
     assert not isinstance(a.components_, np.memmap)
 
 
+def test_memory_map_of_integers_is_converted_block_by_block(tmp_path, monkeypatch):
+    X = np.random.default_rng(0).integers(0, 255, (900, 3)).astype(np.uint8)
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    options = {"gamma": 1e-4, "random_state": 0}
+    a = RidgeLeverageNystroem(**options).partial_fit(mapped[:512]).partial_fit(mapped[512:])
+    b = RidgeLeverageNystroem(**options).fit(X.astype(float))
+    np.testing.assert_array_equal(a.component_indices_, b.component_indices_)
+    np.testing.assert_array_equal(a.transform(mapped), b.transform(X))
+
+
+def test_memory_map_with_a_late_nan_is_refused(tmp_path):
+    X = clustered(900)
+    X[-1, 0] = np.nan
+    np.save(tmp_path / "X.npy", X)
+    with pytest.raises(ValueError, match="X must be finite"):
+        RidgeLeverageNystroem().fit(np.load(tmp_path / "X.npy", mmap_mode="r"))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_torch_tensors_stay_torch(method):
     X = clustered(200)
@@ -327,6 +396,47 @@ def test_effective_dimension_is_estimated():
     exact = effective_dimension(X, 1.0, kernel="rbf", gamma=1.0)
     fitted = RidgeLeverageNystroem(gamma=1.0, budget=40, random_state=0).fit(X)
     assert fitted.effective_dimension_ == pytest.approx(exact, rel=0.25)
+
+
+def test_effective_dimension_of_uniform_landmarks_counts_all_rows():
+    X = np.random.default_rng(0).standard_normal((800, 2))
+    exact = effective_dimension(X, 1.0, kernel="rbf", gamma=0.3)
+    fitted = RidgeLeverageNystroem(gamma=0.3, method="uniform", n_components=200, random_state=0)
+    assert fitted.fit(X).effective_dimension_ == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layout_of_a_foreign_kernel_matrix_does_not_matter(method):
+    X = clustered(200)
+
+    def by_columns(A, B):
+        return np.asfortranarray(rbf(A, B))
+
+    options = {"method": method, "n_components": 30, "random_state": 0}
+    a = RidgeLeverageNystroem(by_columns, **options).fit(X)
+    b = RidgeLeverageNystroem(rbf, **options).fit(X)
+    assert a.component_indices_.tolist() == b.component_indices_.tolist()
+    np.testing.assert_allclose(a.leverage_scores_, b.leverage_scores_, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["squeak", "bless", "recursive", "exact"])
+def test_small_ridge_does_not_drown_in_float32(method):
+    X = clustered(1000)
+    options = {"gamma": 1.0, "ridge": 1e-5, "method": method, "random_state": 0}
+    single = RidgeLeverageNystroem(**options).fit(X.astype(np.float32))
+    double = RidgeLeverageNystroem(**options).fit(X.astype(np.float32).astype(float))
+    assert single.component_indices_.tolist() == double.component_indices_.tolist()
+    assert single.normalization_.dtype == np.float32
+    np.testing.assert_allclose(single.leverage_scores_, double.leverage_scores_, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "landmarks"])
+def test_indefinite_kernels_are_refused(method):
+    X = clustered(200)
+    chosen = {"landmarks": np.arange(30)} if method == "landmarks" else {"method": method}
+    for kernel in (lambda A, B: -rbf(A, B), lambda A, B: np.tanh(A @ B.T - 1)):
+        with pytest.raises(ValueError, match="must be positive semidefinite"):
+            RidgeLeverageNystroem(kernel, random_state=0, **chosen).fit(X)
 
 
 def test_pipeline_search_and_kernel_objects():
