@@ -296,15 +296,11 @@ class ForwardGNNClassifier(ClassifierMixin, BaseEstimator):
         -------
         ndarray of shape (n_nodes,) or (n,)
         """
+        check_is_fitted(self)
         return self.classes_[self.predict_proba(X).argmax(1)]
 
     def predict_proba(self, X: Any = None) -> np.ndarray:
-        """Return the class probabilities of nodes.
-
-        Parameters
-        ----------
-        X : Data, ndarray of shape (n,) or (n, 1), or None
-            As in `predict`.
+        """Return the class probabilities of nodes, `X` as in `predict`.
 
         Returns
         -------
