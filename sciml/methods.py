@@ -35,6 +35,20 @@ METHODS: tuple[Method, ...] = (
         "arXiv:2111.06063",
         "stable",
     ),
+    Method(
+        "Robustness certificates of NTK machines",
+        "prove the radius within which a machine of an infinitely wide network keeps its decision",
+        "sciml.kernels.certificates:certified_radius",
+        "arXiv:2111.06063",
+        "stable",
+    ),
+    Method(
+        "Finite networks as kernel machines",
+        "train a finite ReLU network together with the kernel machine that it is",
+        "sciml.kernels.ntk_network:NTKNetwork",
+        "arXiv:2111.06063",
+        "stable",
+    ),
 )
 
 

@@ -90,14 +90,14 @@ def sup_gaps(lam, t, n_steps, widths, seeds):
 
 
 def test_gap_to_the_fixed_kernel_closes_when_regularisation_has_not_acted():
-    fixed, decaying = sup_gaps(lam=0.01, t=0.5, n_steps=50, widths=(64, 1024), seeds=3)
+    fixed, decaying = sup_gaps(lam=0.01, t=0.5, n_steps=40, widths=(64, 1024), seeds=2)
     slope = np.log(fixed[1] / fixed[0]) / np.log(16)
     assert -0.7 < slope < -0.3
     np.testing.assert_allclose(decaying, fixed, rtol=0.05)
 
 
 def test_gap_to_the_fixed_kernel_stays_when_regularisation_has_acted():
-    fixed, decaying = sup_gaps(lam=12.0, t=0.1, n_steps=50, widths=(64, 1024), seeds=3)
+    fixed, decaying = sup_gaps(lam=12.0, t=0.1, n_steps=40, widths=(64, 1024), seeds=2)
     assert fixed[1] > 0.8 * fixed[0]
     assert decaying[1] < 0.45 * decaying[0]
     assert decaying[1] < 0.35 * fixed[1]

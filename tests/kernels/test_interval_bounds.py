@@ -143,7 +143,7 @@ def mean_certificates(width, symmetric, seeds):
 
 
 def test_certificates_on_digits_fall_with_the_width():
-    means = [mean_certificates(width, symmetric=False, seeds=2) for width in (100, 1000)]
+    means = [mean_certificates(w, symmetric=False, seeds=s) for w, s in ((100, 3), (1000, 1))]
     np.testing.assert_allclose(means, [0.0452, 0.0173], rtol=0.15)
     # The two copies of a symmetric network are bounded apart, at a loss of about sqrt(2).
     assert 1.2 < means[1] / mean_certificates(1000, symmetric=True, seeds=1) < 1.6

@@ -203,14 +203,14 @@ def test_path_kernel_is_symmetric_before_a_margin_is_met():
 
 def test_path_kernel_holds_for_mini_batches():
     X, y, Z = digits(60, 20)
-    network = NTKNetwork(64, 128, generator=generator(), dtype=torch.float64)
+    network = NTKNetwork(64, 64, generator=generator(), dtype=torch.float64)
     training = train_ntk_network(
-        network, X, y, lam=0.5, learning_rate=5e-4, n_steps=300, batch_size=16, X_path=Z,
+        network, X, y, lam=0.5, learning_rate=1e-3, n_steps=150, batch_size=16, X_path=Z,
         generator=generator(5),
     )  # fmt: skip
     f = network(Z).detach()
     assert f.abs().max() > 0.4
-    assert (f - training.machine_output).abs().max() < 0.01
+    assert (f - training.machine_output).abs().max() < 0.02
 
 
 def test_callback_and_reproducible_batches():
