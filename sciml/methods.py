@@ -49,6 +49,41 @@ METHODS: tuple[Method, ...] = (
         "arXiv:2111.06063",
         "stable",
     ),
+    Method(
+        "Learned proximal networks",
+        "learn a prior from clean images whose proximal operator is the network",
+        "sciml.inverse.lpn:LearnedProximalNetwork",
+        "arXiv:2310.14344",
+        "stable",
+    ),
+    Method(
+        "Proximal matching",
+        "train a denoiser towards the most probable clean image, not the mean",
+        "sciml.inverse.proximal_matching:proximal_matching_loss",
+        "arXiv:2310.14344",
+        "stable",
+    ),
+    Method(
+        "Evaluation of a learned prior",
+        "invert a proximal network, and score images by the prior it has learned",
+        "sciml.inverse.lpn_prior:LPNPrior",
+        "arXiv:2310.14344",
+        "stable",
+    ),
+    Method(
+        "LPN denoiser",
+        "denoise and score plain arrays with an estimator that learns from clean samples",
+        "sciml.inverse.lpn_denoiser:LPNDenoiser",
+        "arXiv:2310.14344",
+        "stable",
+    ),
+    Method(
+        "Plug-and-play ADMM with certificate",
+        "reconstruct images by an iteration whose convergence conditions are checked",
+        "sciml.inverse.pnp:pnp_admm",
+        "arXiv:2310.14344",
+        "stable",
+    ),
 )
 
 

@@ -1,0 +1,125 @@
+r"""
+Deblurring with a guarantee of convergence
+==========================================
+
+Plug-and-play solvers put a denoiser where an optimiser has the proximal operator of a prior. If
+the denoiser *is* a proximal operator the iteration provably converges, once three numbers are in
+range. Here a learned proximal network deblurs digits with deepinv's ADMM, next to a DnCNN trained
+on the same data for the same number of steps, total variation and Tikhonov regularisation.
+"""
+
+import copy
+
+import deepinv
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from deepinv.optim import L2, PGD, TVPrior
+from deepinv.physics.functional.blur import gaussian_blur
+from sklearn.datasets import load_digits
+
+from sciml.inverse import (
+    LearnedProximalNetwork,
+    ProximalMatchingSchedule,
+    convergence_certificate,
+    pnp_admm,
+    train_lpn,
+)
+
+sigma = 0.05
+digits = torch.tensor(load_digits().images / 16.0, dtype=torch.float32)[:, None]
+digits = digits[np.random.default_rng(0).permutation(len(digits))]
+train, test = digits[:1500], digits[1500:1532]
+
+# %%
+# Two denoisers of about 45 000 parameters.
+
+lpn = LearnedProximalNetwork(
+    1,
+    image_size=8,
+    width=32,
+    beta=10.0,
+    strong_convexity=0.01,
+    generator=torch.Generator().manual_seed(0),
+)
+schedule = ProximalMatchingSchedule(n_features=64, n_steps=1500)
+train_lpn(lpn, train, sigma=sigma, schedule=schedule, batch_size=64, random_state=0)
+
+torch.manual_seed(0)
+dncnn = deepinv.models.DnCNN(1, 1, depth=7, nf=32, pretrained=None)
+optimizer = torch.optim.Adam(dncnn.parameters(), lr=1e-3)
+for _ in range(1500):
+    x = train[torch.randint(len(train), (64,))]
+    loss = (dncnn(x + sigma * torch.randn_like(x)) - x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+# %%
+# Blurred and noisy digits, and the certificate: rho must exceed the norm of the blur.
+
+kernel = gaussian_blur(sigma=(1.0, 1.0), dtype=torch.float64)
+physics = deepinv.physics.BlurFFT((1, 8, 8), filter=kernel)
+lpn, dncnn, truth = lpn.double(), dncnn.double().eval(), test.double()
+generator = torch.Generator().manual_seed(1)
+clean = physics.A(truth)
+y = clean + sigma * torch.randn(clean.shape, dtype=clean.dtype, generator=generator)
+rho = 1.02
+print(convergence_certificate(physics, lpn, rho))
+
+# %%
+# Reconstruct with all four; the weights of the last two are the best of a few tried.
+
+
+def psnr(x):
+    return float((-10 * torch.log10((x - truth).square().flatten(1).mean(1))).mean())
+
+
+def total_variation(weight):
+    solver = PGD(
+        data_fidelity=L2(),
+        prior=TVPrior(n_it_max=50),
+        stepsize=0.95,
+        lambda_reg=weight,
+        max_iter=40,
+    )
+    return solver(y, physics)
+
+
+with torch.no_grad():
+    reconstructions = {
+        "blurred": y,
+        "Tikhonov": max((physics.prox_l2(0.0, y, gamma=g) for g in (10, 30, 100)), key=psnr),
+        "total variation": max(map(total_variation, (0.003, 0.01, 0.03)), key=psnr),
+    }
+    residuals = {}
+    for name, net in (("DnCNN", dncnn), ("LPN", lpn)):
+        x, metrics = pnp_admm(y, physics, copy.deepcopy(net), rho=rho, max_iter=300)
+        reconstructions[name], residuals[name] = x, np.array(metrics["residual"])
+for name, x in reconstructions.items():
+    print(f"{name:16s} {psnr(x):6.2f} dB")
+for name, residual in residuals.items():
+    print(
+        f"{name}: residual after 299 steps, median {np.median(residual[:, -1]):.1e}, worst "
+        f"{residual[:, -1].max():.1e}; below 1e-6 for {np.mean(residual[:, -1] < 1e-6):.0%}"
+    )
+
+# %%
+# One row a method, and the residuals of the two plug-and-play runs.
+
+figure = plt.figure(figsize=(10, 4))
+left, right = figure.subfigures(1, 2)
+rows = {"truth": truth, **reconstructions}
+axes = left.subplots(len(rows), 6)
+for row, (name, images) in zip(axes, rows.items(), strict=True):
+    for ax, image in zip(row, images, strict=False):
+        ax.imshow(image[0], cmap="gray", vmin=0, vmax=1)
+        ax.set_axis_off()
+    row[0].set_title(name, fontsize=7, loc="left")
+ax = right.subplots()
+for name, residual in residuals.items():
+    ax.semilogy(np.median(residual, axis=0), label=name)
+ax.set(xlabel="iteration", ylabel="median relative change of x")
+ax.legend()
+figure.savefig("lpn_deblurring.png")
+plt.show()
