@@ -10,7 +10,7 @@ import sciml
 from sciml.methods import METHODS
 
 HERE = Path(__file__).parent
-DOMAINS = ("kernels", "layerwise", "graphs", "inverse")
+DOMAINS = ("kernels", "layerwise", "graphs", "inverse", "inverse.seismic")
 
 project = "sciml"
 author = "the sciml developers"
@@ -67,13 +67,15 @@ def write_pages_from_code(app):
             lines += [heading, "-" * len(heading), "", summary, ""]
             lines += [".. autosummary::", "   :toctree: generated", "   :nosignatures:", ""]
             lines += [f"   {name}" for name in sorted(names)] + [""]
-        (HERE / "api" / f"{domain}.rst").write_text("\n".join(lines), encoding="utf-8")
+        (HERE / "api" / f"{domain.replace('.', '_')}.rst").write_text(
+            "\n".join(lines), encoding="utf-8"
+        )
 
     rows = [".. list-table::", "   :header-rows: 1", "   :widths: 22 30 34 8", ""]
     rows += ["   * - Method", "     - Use it to", "     - Where (paper)", "     - Status"]
     for method in METHODS:
         module, _, name = method.where.partition(":")
-        domain = ".".join(module.split(".")[:2])
+        domain = module.rpartition(".")[0]
         rows += [
             f"   * - {method.name}",
             f"     - {method.use}",

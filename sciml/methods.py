@@ -50,6 +50,27 @@ METHODS: tuple[Method, ...] = (
         "stable",
     ),
     Method(
+        "Ridge-leverage Nyström features",
+        "approximate a kernel from landmarks that matter, in one pass, streamed or merged",
+        "sciml.kernels.nystroem:RidgeLeverageNystroem",
+        "arXiv:1803.10172, arXiv:1810.13258, arXiv:1605.07583",
+        "stable",
+    ),
+    Method(
+        "INK-Estimate",
+        "choose landmarks sequentially from all columns of a kernel matrix",
+        "sciml.kernels.ink_estimate:ink_estimate",
+        "arXiv:2604.20077",
+        "partial",
+    ),
+    Method(
+        "Nyström kernel ridge regression",
+        "fit kernel ridge regression to many rows or to a stream",
+        "sciml.kernels.nystroem_ridge:NystroemRidge",
+        "arXiv:2604.20077, arXiv:1705.10958",
+        "stable",
+    ),
+    Method(
         "Learned proximal networks",
         "learn a prior from clean images whose proximal operator is the network",
         "sciml.inverse.lpn:LearnedProximalNetwork",
@@ -83,6 +104,20 @@ METHODS: tuple[Method, ...] = (
         "sciml.inverse.pnp:pnp_admm",
         "arXiv:2310.14344",
         "stable",
+    ),
+    Method(
+        "GFI: Latent U-Net, Invertible X-Net",
+        "predict seismic velocity from shot gathers, shot gathers from velocity, or both",
+        "sciml.inverse.seismic.gfi_model:GFIModel",
+        "arXiv:2410.11247",
+        "beta",
+    ),
+    Method(
+        "GFI regressor",
+        "fit a seismic network to arrays or DataArrays and predict in physical units",
+        "sciml.inverse.seismic.gfi_regressor:GFIRegressor",
+        "arXiv:2410.11247",
+        "beta",
     ),
 )
 

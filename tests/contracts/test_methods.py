@@ -11,7 +11,7 @@ import sciml
 from sciml.methods import METHODS, table
 
 ROOT = Path(__file__).parents[2]
-DOMAINS = ("graphs", "inverse", "kernels", "layerwise")
+DOMAINS = ("graphs", "inverse", "inverse.seismic", "kernels", "layerwise")
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -19,7 +19,7 @@ def test_row_names_something_public(method):
     module, _, name = method.where.partition(":")
     public = getattr(import_module(module), name)
     assert public.__doc__
-    domain = import_module(".".join(module.split(".")[:2]))
+    domain = import_module(module.rpartition(".")[0])
     assert getattr(domain, name) is public
     assert name in domain.__all__
 
