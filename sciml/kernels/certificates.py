@@ -35,6 +35,7 @@ from sciml._check import check_choice, check_same_length, check_shape
 from sciml.kernels.bisection import largest_certified_radii
 from sciml.kernels.kernel_machine import KernelMachineClassifier
 from sciml.kernels.ntk import NNGP, NTK
+from sciml.kernels.pairwise import kernel_matmul
 
 __all__ = ["certified_radius"]
 
@@ -132,12 +133,10 @@ def certified_radius(
             "X must have no zero rows if b_std=0, because the kernel vanishes there, got "
             f"{zero_rows.sum()} zero rows, the first at index {zero_rows.argmax()}"
         )
-    correct = np.ones(len(X), dtype=bool)
     if y is not None:
         y = np.asarray(y)
         check_shape("y", y, (None,))
         check_same_length(X=X, y=y)
-        correct = machine.predict(X) == y
 
     dual = np.asarray(machine.dual_coef_, dtype=np.float64)
     if dual.ndim == 1:  # the two classes as two outputs -f/2 and f/2
@@ -145,15 +144,28 @@ def certified_radius(
     support = (dual != dual[:, :1]).any(axis=1)  # points with equal weight in all outputs cancel
     points = np.asarray(machine.X_fit_, dtype=np.float64)[support]
     dual = np.ascontiguousarray(dual[support])
+    if not len(points):  # the decision function is zero everywhere
+        return np.zeros(len(X))
+    decision = kernel_matmul(X, points, dual, kernel).argmax(axis=1)
+    correct = np.ones(len(X), dtype=bool) if y is None else machine.classes_[decision] == y
     scale = float(np.abs(X).max()) or 1.0
     # Chunks bound the memory; their lockstep bisections run side by side, never waiting.
     n_threads = numba.get_num_threads()
-    chunk = min(max(1, _CHUNK_ENTRIES // max(1, len(points))), -(-len(X) // n_threads))
+    chunk = min(max(1, _CHUNK_ENTRIES // len(points)), -(-len(X) // n_threads))
     pieces = [slice(start, start + chunk) for start in range(0, len(X), chunk)]
     with ThreadPoolExecutor(n_threads) as pool:
         radii = pool.map(
             lambda rows: _radii(
-                X[rows], points, dual, kernel, norm_bound, correct[rows], scale, max_radius, tol
+                X[rows],
+                points,
+                dual,
+                kernel,
+                norm_bound,
+                decision[rows],
+                correct[rows],
+                scale,
+                max_radius,
+                tol,
             ),
             pieces,
         )
@@ -166,6 +178,7 @@ def _radii(
     dual: Any,
     kernel: Any,
     norm_bound: str,
+    decision: Any,
     wanted: Any,
     scale: float,
     max_radius: float | None,
@@ -178,7 +191,6 @@ def _radii(
     point_norms = np.linalg.norm(points, axis=1)
     point_q = w2 / d * point_norms**2 + b2
     reach = np.abs(points).sum(axis=1) if norm_bound == "linf" else math.sqrt(d) * point_norms
-    decision = (kernel(X, points) @ dual).argmax(axis=1)
     size, norms = np.abs(X), np.linalg.norm(X, axis=1)
 
     def certified(rows: Any, radii: Any) -> Any:

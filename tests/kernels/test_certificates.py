@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -272,6 +273,22 @@ def test_misclassified_samples_and_ties_have_radius_zero():
     tie = certified_radius(pair, np.array([[1.0, 1.0], [1.0, 0.0]]))
     assert tie[0] == 0
     assert tie[1] > 0
+
+
+def test_a_machine_without_support_vectors_certifies_nothing():
+    machine, X_test, _ = fitted(NTK())
+    machine.dual_coef_ = np.zeros_like(machine.dual_coef_)
+    np.testing.assert_array_equal(certified_radius(machine, X_test), 0)
+
+
+def test_labels_may_be_strings_and_samples_a_data_frame():
+    X, y, X_test, y_test = digits(n_train=60, n_test=10)
+    names = np.array(["zero", "one"])
+    frame = pd.DataFrame(X_test, columns=[f"pixel {i}" for i in range(64)])
+    machine = KernelMachineClassifier(NTK()).fit(pd.DataFrame(X, columns=frame.columns), names[y])
+    radii = certified_radius(machine, frame, pd.Series(names[y_test]))
+    plain = certified_radius(KernelMachineClassifier(NTK()).fit(X, y), X_test, y_test)
+    np.testing.assert_allclose(radii, plain, rtol=3e-6)
 
 
 def test_radius_scales_with_the_data():
