@@ -236,7 +236,9 @@ def solve_ridge(
     target = root[:, None] * Y[kept].reshape(len(kept), -1)
     solution = projection = None
     try:
-        factor = linalg.cho_factor(A + ridge * np.eye(len(A)), lower=True, overwrite_a=True)
+        shifted = A.copy()
+        shifted.flat[:: len(A) + 1] += ridge
+        factor = linalg.cho_factor(shifted, lower=True, overwrite_a=True)
         solution = linalg.cho_solve(factor, target)
         solution += linalg.cho_solve(factor, target - A @ solution - ridge * solution)
     except linalg.LinAlgError:

@@ -136,8 +136,9 @@ class _KernelMachine(BaseEstimator):
             check_finite("the kernel matrix", K)
             if repeated:
                 K = K[np.ix_(inverse.ravel(), inverse.ravel())]
-        largest = np.abs(K).max()
-        asymmetry = np.abs(K - K.T).max()
+        largest = max(K.max(), -K.min())
+        blocks = [slice(i, i + 256) for i in range(0, len(K), 256)]
+        asymmetry = max(np.abs(K[rows] - K[:, rows].T).max() for rows in blocks)
         if asymmetry > 10 * math.sqrt(np.finfo(K.dtype).eps) * largest:
             raise ValueError(
                 "the kernel matrix must be symmetric, got entries that differ from their mirror "

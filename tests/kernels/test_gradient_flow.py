@@ -294,6 +294,16 @@ def test_repeated_samples_and_zero_rows(loss):
     np.testing.assert_allclose(f[:, :8], single @ (2 * K), atol=1e-7)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_very_early_times(loss):
+    K, y = problem(loss, n=10)
+    slope = kernel_gradient_flow(K, y, loss, 0.3, 1e-12) / 1e-12
+    times = [0.0, 5e-324, 1e-200, 1e-15]
+    for lengthened in (times, [*times, 1.0]):
+        path = kernel_gradient_flow(K, y, loss, 0.3, lengthened)
+        np.testing.assert_allclose(path[:4], np.outer(times, slope), rtol=1e-9, atol=1e-320)
+
+
 def test_times_keep_their_order_and_shape():
     K, y = problem("hinge")
     t = [2.0, 0.0, 1.0, 1.0]

@@ -234,9 +234,13 @@ def test_limits_of_C():
     support = hard.dual_coef_ != 0
     assert margin.min() >= 1 - 1e-6
     np.testing.assert_allclose(margin[support], 1, atol=1e-6)
+    squared = KernelMachineClassifier(C=math.inf, loss="squared_hinge").fit(X, y)
+    np.testing.assert_allclose(squared.dual_coef_, hard.dual_coef_, atol=1e-8)
     for loss in ("hinge", "squared_hinge"):
         near = KernelMachineClassifier(C=1e9, loss=loss).fit(X, y)
         np.testing.assert_allclose(near.dual_coef_, hard.dual_coef_, atol=1e-5)
+    tube = KernelMachineRegressor(loss="epsilon_insensitive", C=math.inf).fit(X, y)
+    assert np.abs(tube.predict(X) - y).max() <= EPSILON + 1e-6
     # Kernel regression: the interpolation.
     regression = KernelMachineClassifier(C=math.inf, loss="squared").fit(X, y)
     np.testing.assert_allclose(regression.dual_coef_, np.linalg.solve(K, y), atol=1e-6)
