@@ -119,6 +119,20 @@ METHODS: tuple[Method, ...] = (
         "arXiv:2410.11247",
         "beta",
     ),
+    Method(
+        "ForwardGNN node classification",
+        "train a graph network layer by layer, with memory that does not grow with depth",
+        "sciml.graphs.forward_gnn:ForwardGNNClassifier",
+        "arXiv:2403.11004",
+        "stable",
+    ),
+    Method(
+        "ForwardGNN link prediction",
+        "predict links with a graph network trained layer by layer",
+        "sciml.graphs.link_prediction:ForwardGNNLinkPredictor",
+        "arXiv:2403.11004",
+        "stable",
+    ),
 )
 
 
