@@ -63,7 +63,7 @@ def test_squeak_scores_bracket_the_true_ones():
     """Between tau / alpha and tau for the accuracy that the dictionary really has."""
     X = clustered(300)
     K, ridge = rbf(X), 1.0
-    fitted = RidgeLeverageNystroem(gamma=1.0, budget=400, random_state=0).fit(X)
+    fitted = RidgeLeverageNystroem(gamma=1.0, budget=400, regularized=True, random_state=0).fit(X)
     values, vectors = np.linalg.eigh(K)
     Psi = (vectors * np.sqrt(np.maximum(values, 0) / (np.maximum(values, 0) + ridge))) @ vectors.T
     S = np.zeros(300)
@@ -79,6 +79,11 @@ def test_squeak_scores_bracket_the_true_ones():
     error = np.linalg.eigvalsh(K - Z @ Z.T)
     assert error.min() > -1e-9
     assert error.max() <= ridge / (1 - eps) + 1e-9
+    # which the features without the ridge have all the more
+    Y = RidgeLeverageNystroem(gamma=1.0, budget=400, random_state=0).fit_transform(X)
+    assert np.linalg.eigvalsh(Y @ Y.T - Z @ Z.T).min() > -1e-9
+    assert np.linalg.eigvalsh(K - Y @ Y.T).min() > -1e-9
+    assert np.linalg.norm(K - Y @ Y.T, 2) < 0.5 * error.max()
 
 
 def test_weights_are_unbiased_over_seeds():
