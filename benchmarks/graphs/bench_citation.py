@@ -17,7 +17,7 @@ from torch_geometric.datasets import CitationFull, Planetoid
 from torch_geometric.nn import GCN
 from torch_geometric.transforms import NormalizeFeatures
 
-from sciml.graphs import ForwardGNNClassifier
+from sciml.graphs import ForwardGNNClassifier, SmoothFeatures
 
 
 def masks(n_nodes, run):
@@ -71,9 +71,10 @@ if __name__ == "__main__":
     parser.add_argument("--data", nargs="+", default=["Cora", "Cora-public", "Cora_ML"])
     parser.add_argument("--methods", nargs="+", default=methods)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--smooth", type=int, default=0, help="average features so many times")
     args = parser.parse_args()
     for name in args.data:
-        data = load(args.data_home, name.partition("-")[0])
+        data = SmoothFeatures(args.smooth)(load(args.data_home, name.partition("-")[0]))
         for method in args.methods:
             tests, firsts, start = [], [], time.perf_counter()
             for run in range(args.runs):
