@@ -14,6 +14,7 @@ __all__ = [
     "array_library",
     "cholesky",
     "eigh",
+    "inverse_diagonal",
     "kernel_cholesky",
     "matmul",
     "solve_lower",
@@ -128,6 +129,24 @@ def solve_lower(factor: Array, right: Array, *, transposed: bool = False) -> Arr
     else:
         from scipy.linalg import solve_triangular
     return solve_triangular(factor, right, lower=True, trans=int(transposed), check_finite=False)
+
+
+def inverse_diagonal(factor: Array) -> Array:
+    """Return the diagonal of ``(L L')^{-1}`` for a lower Cholesky factor L."""
+    library = array_library(factor)
+    if library == "torch":
+        import torch
+
+        return torch.cholesky_inverse(factor).diagonal()
+    if library == "cupy":
+        import cupy
+
+        inverse = solve_lower(factor, cupy.eye(len(factor), dtype=factor.dtype))
+        return (inverse * inverse).sum(0)
+    # A triangular inverse is a third of the work of solving for all columns of I.
+    (trtri,) = scipy.linalg.get_lapack_funcs(("trtri",), (factor,))
+    inverse, _ = trtri(factor, lower=1)
+    return np.einsum("ij,ij->j", inverse, inverse)
 
 
 def eigh(matrix: Array) -> tuple[Array, Array]:

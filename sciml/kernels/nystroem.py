@@ -60,9 +60,19 @@ __all__ = ["RidgeLeverageNystroem", "merge"]
 
 Array = Any
 METHODS = ("squeak", "ink", "bless", "recursive", "exact", "uniform")
-_BLOCK = 256  # arrivals at once: the cost a row is least near the size of the dictionary
+_BLOCK = 256  # arrivals at once, or half the dictionary: there the cost a row is least
 _TILE = 1024  # rows of a kernel tile in transform
-_FROZEN = ("method", "kernel", "gamma", "degree", "coef0", "ridge", "eps", "budget")
+_STREAM_PARAMETERS = (
+    "method",
+    "kernel",
+    "gamma",
+    "degree",
+    "coef0",
+    "ridge",
+    "n_components",
+    "budget",
+    "eps",
+)  # those that must not change within a stream, nor differ between merged dictionaries
 _DEFAULT_BUDGET = {"squeak": 20, "ink": 600, "bless": 2}
 
 
@@ -104,7 +114,9 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         (m, n_features). `method` is then not used.
     n_components : int, default=None
         For "uniform", "exact" and "recursive" the number of landmarks; None means 100, 100 and
-        ``ceil(sqrt(n))``. For the others a limit: the dictionary is thinned to it at random.
+        ``ceil(sqrt(n))``. For the others a limit. That of "squeak" holds at every moment of a
+        stream, by a budget that falls as the effective dimension grows: it bounds time a row
+        and memory.
     budget : int, default=None
         For "squeak" and "ink" the copies q of a point, None meaning 20 and 600; for "bless"
         the oversampling factor, None meaning 2. More copies keep more landmarks. Guarantees
@@ -156,8 +168,13 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     within ``ridge / (1 - eps)`` of it in spectral norm. Since the former lies between the latter
     and K, it has the same guarantee and a smaller error, by a factor of 3 to 10 on digits.
 
-    "squeak" takes a fixed time a row; "ink" a time that grows with the rows seen. On
-    homogeneous data all scores are alike, and no method gains over "uniform".
+    "squeak" takes O(m^2) a row for a dictionary of m points, which grows with the effective
+    dimension and not with the rows; "ink" takes a time that grows with the rows seen. On
+    homogeneous data all scores are alike, and no method gains over "uniform". Each call of
+    `partial_fit` factors an m x m matrix at its end: hand over many rows at once.
+
+    The method follows the effective dimension of *all* rows for a fixed ridge, which for many
+    kernels grows like a power of log n; set `n_components` on endless streams.
 
     `fit` also takes a Dask array, or a list or iterator of two-dimensional chunks: each chunk
     gives a dictionary, and a tree of merges joins them, on the Dask client that is active (or
@@ -405,17 +422,21 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self, X: Array, rng: np.random.RandomState, precomputed: Array | None = None
     ) -> None:
         """Take in rows block by block; `_finish_stream` makes them attributes."""
-        starts = range(0, len(X), _BLOCK if self.method == "squeak" else len(X))
         if self.method == "squeak":
             kernel, _ = self._kernel_functions(precomputed)
-            for start in tqdm(starts, disable=not self.verbose, unit="block"):
-                rows = _own(X[start : start + _BLOCK])
+            start, bar = 0, tqdm(total=len(X), disable=not self.verbose, unit="row")
+            while start < len(X):
+                kept = 0 if self._dictionary is None else len(self._dictionary)
+                rows = _own(X[start : start + max(_BLOCK, kept // 2)])
                 if precomputed is None and not str(rows.dtype).endswith(("float32", "float64")):
                     rows = rows.astype(np.float64)  # of a memory map
                 check_finite("X", rows)
                 grown = expand(self._dictionary, rows, self._copies())
                 scores = squeak_scores(grown, kernel, self.ridge, self.eps)
-                self._dictionary = shrink(grown, scores, rng)
+                self._dictionary = self._limit(shrink(grown, scores, rng), rng)
+                start += len(rows)
+                bar.update(len(rows))
+            bar.close()
         elif self.method == "ink":
             self._stream_ink(X, rng, precomputed)
         else:
@@ -455,9 +476,6 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.n_samples_seen_ = self._n_rows()
         if self.method == "squeak":
             dictionary = self._dictionary
-            if self.n_components is not None:
-                # Thinned by a generator of its own, so that the stream does not depend on it.
-                dictionary = thin(dictionary, self.n_components, copy.deepcopy(rng))
             scores = squeak_scores(dictionary, kernel, self.ridge, self.eps) / (1 - self.eps)
             self._set_points(
                 dictionary.points,
@@ -497,7 +515,6 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._dictionary = self._fit_dask(chunks, rng)
             self.n_features_in_ = int(chunks.shape[1])
         else:
-            kernel, _ = self._kernel_functions(None)
             stack: list[tuple[int, Dictionary]] = []
             for chunk in tqdm(chunks, disable=not self.verbose, unit="chunk"):
                 if not stack:
@@ -507,15 +524,14 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 # Equal levels merge at once, so that few dictionaries are held.
                 while stack and stack[-1][0] == level:
                     _, before = stack.pop()
-                    part = merge_dictionaries(before, part, kernel, self.ridge, self.eps, rng)
+                    part = self._merge(before, part, rng)
                     level += 1
                 stack.append((level, part))
             if not stack:
                 raise ValueError("X must hold at least one chunk, got none")
             part = stack.pop()[1]
             while stack:
-                before = stack.pop()[1]
-                part = merge_dictionaries(before, part, kernel, self.ridge, self.eps, rng)
+                part = self._merge(stack.pop()[1], part, rng)
             self._dictionary = part
         self._finish_stream(rng)
         self._rng = copy.deepcopy(rng)
@@ -552,6 +568,16 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 f"X must have chunks with {self.n_features_in_} features, got {one.n_features_in_}"
             )
         return one._dictionary
+
+    def _merge(self, a: Dictionary, b: Dictionary, rng: np.random.RandomState) -> Dictionary:
+        kernel, _ = self._kernel_functions(None)
+        merged = merge_dictionaries(a, b, kernel, self.ridge, self.eps, rng)
+        return self._limit(merged, rng)
+
+    def _limit(self, dictionary: Dictionary, rng: np.random.RandomState) -> Dictionary:
+        if self.n_components is None:
+            return dictionary
+        return thin(dictionary, self.n_components, rng)
 
     def _unfitted(self) -> "RidgeLeverageNystroem":
         parameters = {**self.get_params(deep=False), "verbose": 0, "random_state": 0}
@@ -664,7 +690,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self._points = None
         self._reservoir = []
         self._n_streamed = 0
-        self._started_with = {name: getattr(self, name) for name in (*_FROZEN, "n_components")}
+        self._started_with = {name: getattr(self, name) for name in _STREAM_PARAMETERS}
 
     def _validate(self, X: Any, *, reset: bool, blockwise: bool = False) -> Array:
         """Check X; a memory map that goes through `_stream` in blocks is only read there."""
@@ -688,8 +714,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return X
 
     def _check_unchanged(self) -> None:
-        names = (*_FROZEN, "n_components") if self.method == "uniform" else _FROZEN
-        for name in names:
+        for name in _STREAM_PARAMETERS:
             before, now = self._started_with[name], getattr(self, name)
             if before is not now and before != now:
                 raise ValueError(
@@ -715,15 +740,17 @@ def merge(
 ) -> RidgeLeverageNystroem:
     """Merge two estimators that were fitted on disjoint data into one for all of it.
 
-    If the dictionaries of both are eps-accurate for their data, the merged one is eps-accurate
-    for the union, with the same probability as if one stream had been read, provided `budget`
-    is of the order that theory asks for. Merging is associative in distribution, so any tree of
-    merges over any number of pieces will do.
+    The guarantee [1]_: let both dictionaries be eps-accurate for their data. Then the scores
+    estimated from their union, with ridge ``(1 + eps) ridge`` inside and the factor
+    ``(1 - eps)/ridge``, lie between ``tau / alpha`` and ``tau`` with ``alpha = (1 + 3 eps)/(1 -
+    eps)``, and the thinned union is again eps-accurate for all the data, with probability ``1 -
+    delta`` over a whole tree of merges of n rows if ``budget >= 39 alpha log(2 n/delta) /
+    eps^2``. Any tree over any number of pieces will do; the order of the data does not matter.
 
     Parameters
     ----------
     a, b : RidgeLeverageNystroem
-        Fitted with ``method="squeak"`` and the same kernel, ridge, eps and budget.
+        Fitted with ``method="squeak"`` and the same parameters, but for `random_state`.
     random_state : int, RandomState instance or None, default=None
         Seed of the sampling.
 
@@ -757,8 +784,7 @@ def merge(
             raise ValueError(f"{name} must be fitted with method='squeak', got {one!r}")
         if _is_precomputed(one.kernel):
             raise ValueError(f"{name} must have a kernel that is not precomputed")
-    names = ("kernel", "gamma", "degree", "coef0", "ridge", "eps", "budget")
-    for name in names:
+    for name in _STREAM_PARAMETERS:
         if getattr(a, name) != getattr(b, name):
             raise ValueError(
                 f"{name} of a and b must be the same, got {getattr(a, name)!r} and "
@@ -771,10 +797,7 @@ def merge(
     merged = RidgeLeverageNystroem(**a.get_params(deep=False))
     merged._forget()
     rng = copy.deepcopy(check_random_state(random_state))
-    kernel, _ = merged._kernel_functions(None)
-    merged._dictionary = merge_dictionaries(
-        a._dictionary, b._dictionary, kernel, a.ridge, a.eps, rng
-    )
+    merged._dictionary = merged._merge(a._dictionary, b._dictionary, rng)
     merged.n_features_in_ = a.n_features_in_
     merged._rng = rng
     merged._finish_stream(rng)
@@ -788,8 +811,7 @@ def _dictionary_of(worker: RidgeLeverageNystroem, chunk: Array, seed: int) -> Di
 def _merge_parts(
     worker: RidgeLeverageNystroem, a: Dictionary, b: Dictionary, seed: int
 ) -> Dictionary:
-    kernel, _ = worker._kernel_functions(None)
-    return merge_dictionaries(a, b, kernel, worker.ridge, worker.eps, check_random_state(seed))
+    return worker._merge(a, b, check_random_state(seed))
 
 
 def _chunks(X: Any) -> Any:

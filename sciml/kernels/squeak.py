@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from sciml.kernels.linear_algebra import (
     add_to_diagonal,
     array_library,
+    inverse_diagonal,
     kernel_cholesky,
-    solve_lower,
     to_double,
     to_numpy,
 )
@@ -59,7 +59,7 @@ class Dictionary:
     indices : ndarray of shape (m,)
         Their positions in the stream.
     probabilities : ndarray of shape (m,)
-        Their inclusion probabilities p~.
+        Their inclusion probabilities p~, relative to `budget`.
     copies : ndarray of shape (m,)
         Copies left, out of `budget`.
     budget : float
@@ -85,7 +85,10 @@ class Dictionary:
 
 
 def expand(dictionary: Dictionary | None, points: Array, budget: int) -> Dictionary:
-    """Add points with probability 1 and all their copies.
+    """Add points with all their copies and weight 1.
+
+    After `thin` the budget of a dictionary may be no integer: new points then get the next one,
+    and a probability just above 1 makes their weight 1 again.
 
     Parameters
     ----------
@@ -94,7 +97,7 @@ def expand(dictionary: Dictionary | None, points: Array, budget: int) -> Diction
     points : array of shape (n, n_features)
         New points of the stream.
     budget : int
-        Copies q a point.
+        Copies q a point, for a new dictionary; otherwise its own budget counts.
 
     Returns
     -------
@@ -102,12 +105,14 @@ def expand(dictionary: Dictionary | None, points: Array, budget: int) -> Diction
     """
     n = len(points)
     start = 0 if dictionary is None else dictionary.n_seen
+    share = float(budget) if dictionary is None else dictionary.budget
+    copies = int(np.ceil(share))
     new = Dictionary(
         points,
         np.arange(start, start + n),
-        np.ones(n),
-        np.full(n, budget),
-        float(budget),
+        np.full(n, copies / share),
+        np.full(n, copies),
+        share,
         start + n,
     )
     return new if dictionary is None else _union(dictionary, new, n_seen=start + n)
@@ -144,20 +149,26 @@ def squeak_scores(
 
     Notes
     -----
+    For points of the dictionary, S'k_i is a column of ``A - inside I`` over sqrt(w_i), with
+    ``A = S'KS + inside I``. The residual is therefore ``inside (1 - inside [A^{-1}]_ii) / w_i``,
+    which needs no more than the diagonal of an inverse.
+
     Computed in float64 whatever the dtype of the points: the residuals are differences, and a
     small ridge would drown in the rounding of float32.
     """
-    K = to_double(kernel(to_double(dictionary.points), None))
-    root = _like(np.sqrt(dictionary.weights), K)
-    weighted = root[:, None] * K  # S'K
+    system = to_double(kernel(to_double(dictionary.points), None)) + 0
+    root = _like(np.sqrt(dictionary.weights), system)
+    system *= root[:, None]
+    system *= root
     inside = (1 + eps) * ridge if merged else ridge
-    system = weighted * root
     add_to_diagonal(system, inside)
-    half = solve_lower(kernel_cholesky(system), weighted)
-    values = to_numpy(K.diagonal())
-    residual = values - to_numpy((half * half).sum(0))
-    check_residuals(residual, values)
-    return np.clip((1 - eps) / ridge * residual, 0, 1)
+    share = 1 - inside * to_numpy(inverse_diagonal(kernel_cholesky(system)))
+    if share.min() < -1e-3:
+        raise ValueError(
+            "kernel must be positive semidefinite, but on some of the points it has a negative "
+            f"leverage ({share.min():.3g})"
+        )
+    return np.clip((1 - eps) / ridge * inside * share / dictionary.weights, 0, 1)
 
 
 def check_residuals(residual: NDArray[np.float64], values: NDArray[np.float64]) -> None:
@@ -193,7 +204,8 @@ def shrink(
     if not copies.any():
         # An empty dictionary could never estimate a score again.
         newest = int(dictionary.indices.argmax())
-        copies[newest], probabilities[newest] = dictionary.copies[newest], 1.0
+        copies[newest] = dictionary.copies[newest]
+        probabilities[newest] = dictionary.probabilities[newest]
     keep = np.flatnonzero(copies)
     return replace(
         dictionary,
@@ -217,7 +229,7 @@ def merge_dictionaries(
     Parameters
     ----------
     a, b : Dictionary
-        Dictionaries of disjoint sets of points, with the same budget.
+        Dictionaries of disjoint sets of points; the smaller budget becomes that of the result.
     kernel, ridge, eps, rng
         As in `squeak_scores` and `shrink`.
 
@@ -226,14 +238,17 @@ def merge_dictionaries(
     Dictionary
         eps-accurate with high probability if both were; indices of b follow those of a.
     """
+    budget = min(a.budget, b.budget)
+    a, b = (_keep_copies(part, budget / part.budget, rng) for part in (a, b))
     both = _union(a, replace(b, indices=b.indices + a.n_seen), n_seen=a.n_seen + b.n_seen)
     return shrink(both, squeak_scores(both, kernel, ridge, eps, merged=True), rng)
 
 
 def thin(dictionary: Dictionary, n_components: int, rng: np.random.RandomState) -> Dictionary:
-    """Take copies away at random until at most `n_components` points are left.
+    """Lower the budget at random until at most `n_components` points are left.
 
-    The result is what a smaller budget would have given, so weights stay unbiased.
+    Copies are thinned binomially, so the result is distributed as if the smaller budget had
+    been set from the start, and weights stay unbiased.
 
     Parameters
     ----------
@@ -250,19 +265,26 @@ def thin(dictionary: Dictionary, n_components: int, rng: np.random.RandomState) 
     """
     while len(dictionary) > n_components:
         share = max(0.5, min(0.95, n_components / len(dictionary)))
-        copies = rng.binomial(dictionary.copies, share)
-        if not copies.any():
-            copies[int(rng.randint(len(copies)))] = 1
-        keep = np.flatnonzero(copies)
-        dictionary = replace(
-            dictionary,
-            points=_take(dictionary.points, keep),
-            indices=dictionary.indices[keep],
-            probabilities=dictionary.probabilities[keep],
-            copies=copies[keep],
-            budget=dictionary.budget * share,
-        )
+        dictionary = _keep_copies(dictionary, share, rng)
     return dictionary
+
+
+def _keep_copies(dictionary: Dictionary, share: float, rng: np.random.RandomState) -> Dictionary:
+    """Keep each copy with probability `share`, and lower the budget by it."""
+    if share == 1:
+        return dictionary
+    copies = rng.binomial(dictionary.copies, share)
+    if not copies.any():
+        copies[int(rng.randint(len(copies)))] = 1
+    keep = np.flatnonzero(copies)
+    return replace(
+        dictionary,
+        points=_take(dictionary.points, keep),
+        indices=dictionary.indices[keep],
+        probabilities=dictionary.probabilities[keep],
+        copies=copies[keep],
+        budget=dictionary.budget * share,
+    )
 
 
 def _union(a: Dictionary, b: Dictionary, *, n_seen: int) -> Dictionary:

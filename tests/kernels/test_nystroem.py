@@ -1,6 +1,7 @@
 """Ridge-leverage Nyström: guarantees, agreement with scikit-learn, streams, merges, bad input."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -275,6 +276,49 @@ def test_merge_is_accurate_and_order_does_not_matter():
             errors[name].append(spectral_error(K, merged.transform(X)))
     assert max(errors["left"] + errors["right"]) < 4
     assert np.mean(errors["left"]) == pytest.approx(np.mean(errors["right"]), rel=0.25)
+
+
+def test_limit_bounds_the_dictionary_at_every_moment_and_keeps_weights_unbiased():
+    X = clustered(90)
+    total = np.zeros(90)
+    budgets = []
+    for seed in range(300):
+        estimator = RidgeLeverageNystroem(gamma=1.0, n_components=15, random_state=seed)
+        for block in np.split(X, 3):
+            estimator.partial_fit(block)
+            assert len(estimator._dictionary) <= 15
+        total[estimator.component_indices_] += estimator.weights_ / 300
+        budgets.append(estimator._dictionary.budget)
+    assert max(budgets) < 20
+    assert total.mean() == pytest.approx(1, abs=0.06)
+    assert np.abs(total - 1).max() < 1
+
+
+def test_points_enter_with_weight_one_after_the_budget_fell():
+    X = clustered(60)
+    dictionary = replace(expand(None, X[:30], 10), budget=7.3, copies=np.full(30, 8))
+    dictionary = replace(dictionary, probabilities=np.full(30, 8 / 7.3))
+    grown = expand(dictionary, X[30:], 10)
+    np.testing.assert_allclose(grown.weights, 1)
+    np.testing.assert_allclose(
+        squeak_scores(grown, rbf, 0.5, 0.3), 0.7 * ridge_leverage_scores(rbf(X), 0.5), atol=1e-10
+    )
+
+
+def test_dictionaries_of_different_budgets_merge_unbiased():
+    X = clustered(60)
+    total = np.zeros(60)
+    for seed in range(300):
+        rng = np.random.RandomState(seed)
+        halves = []
+        for part, budget in ((X[:30], 10), (X[30:], 25)):
+            grown = expand(None, part, budget)
+            halves.append(shrink(grown, squeak_scores(grown, rbf, 1.0, 0.5), rng))
+        merged = merge_dictionaries(*halves, rbf, 1.0, 0.5, rng)
+        assert merged.budget == 10
+        total[merged.indices] += merged.weights / 300
+    assert total[:30].mean() == pytest.approx(1, abs=0.08)
+    assert total[30:].mean() == pytest.approx(1, abs=0.08)
 
 
 def test_merged_dictionaries_are_unbiased():
