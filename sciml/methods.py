@@ -133,6 +133,41 @@ METHODS: tuple[Method, ...] = (
         "arXiv:2403.11004",
         "stable",
     ),
+    Method(
+        "Forward-Forward",
+        "train a network layer by layer to tell true from wrong labels by its activity",
+        "sciml.layerwise.forward_forward:ForwardForwardClassifier",
+        "arXiv:2212.13345",
+        "stable",
+    ),
+    Method(
+        "Mono-Forward",
+        "train a network layer by layer, each with a classifier of its own, in constant memory",
+        "sciml.layerwise.mono_forward:MonoForwardClassifier",
+        "arXiv:2501.09238",
+        "stable",
+    ),
+    Method(
+        "Cascaded Forward",
+        "classify images by linear heads on random or feedback-aligned convolutional blocks",
+        "sciml.layerwise.cascaded_forward:CascadedForwardClassifier",
+        "arXiv:2303.09728",
+        "stable",
+    ),
+    Method(
+        "Backpropagation twin",
+        "train the same networks end to end, as the baseline of layer-local training",
+        "sciml.layerwise.backprop:BackpropClassifier",
+        "arXiv:2509.19063",
+        "stable",
+    ),
+    Method(
+        "Fair comparison of trainers",
+        "compare accuracy, time, memory and energy of trainers that got the same search budget",
+        "sciml.layerwise.compare_trainers:compare_trainers",
+        "arXiv:2509.19063",
+        "stable",
+    ),
 )
 
 
