@@ -40,7 +40,8 @@ inputs, targets, points = (torch.from_numpy(a).float() for a in (X_train, y_trai
 # --------------------------
 # Halving the step halves the gap between the network and ``path_kernel @ y``.
 for n_steps in (25, 50, 100):
-    network = NTKNetwork(64, width=64, generator=torch.Generator().manual_seed(0)).double()
+    generator = torch.Generator().manual_seed(1)
+    network = NTKNetwork(64, width=64, generator=generator, dtype=torch.float64)
     training = train_ntk_network(
         network, inputs.double(), targets.double(), lam=1.0, learning_rate=0.5 / n_steps,
         n_steps=n_steps, X_path=points.double(),

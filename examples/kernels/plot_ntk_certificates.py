@@ -63,7 +63,7 @@ widths, ibp = [100, 316, 1000, 3162, 10_000], []
 for width in widths:
     generator = torch.Generator().manual_seed(0)
     network = NTKNetwork(64, width, symmetric=False, generator=generator)
-    train_ntk_network(network, X_train_t, y_train_t, learning_rate=0.005, n_steps=100)
+    train_ntk_network(network, X_train_t, y_train_t, learning_rate=0.005, n_steps=60)
     radius = ibp_certified_radius(network, X_test_t, 2 * y_test - 1)
     ibp.append(radius.mean().item())
     accuracy = (radius > 0).double().mean().item()
