@@ -4,13 +4,14 @@ With features z(x) such that ``z(x)'z(y)`` is the Nyström kernel, kernel ridge 
 ridge regression on z:
 
     theta = (Z'Z + alpha I)^{-1} Z'y,     f(x) = z(x)'theta = k_S(x)'beta,
-    beta = (C'C + alpha W)^{-1} C'y,      C = K S,  W = S'KS + ridge I.
+    beta = (C'C + alpha W)^{-1} C'y,      C = K S,
 
-By the Woodbury identity this is the solution of the n x n problem,
-``f = K~ (K~ + alpha I)^{-1} y`` with ``K~ = C W^{-1} C'``; with an eps-accurate dictionary its
-risk is at most ``(1 + (ridge/alpha)/(1 - eps))^2`` times that of exact kernel ridge
-regression [1]_. Neither K~ nor C is stored: rows pass through in tiles. With many landmarks the
-same problem is solved by preconditioned conjugate gradients [2]_.
+with S the roots of the landmarks' weights and W either ``S'KS``, which projects on the span of
+the landmarks [2]_, or ``S'KS + ridge I`` [1]_. By the Woodbury identity this is the solution of
+the n x n problem, ``f = K~ (K~ + alpha I)^{-1} y`` with ``K~ = C W^{-1} C'``. With an
+eps-accurate dictionary its risk is at most ``(1 + (ridge/alpha)/(1 - eps))^2`` times that of
+exact kernel ridge regression [1]_. Neither K~ nor C is stored: rows pass through in tiles. With
+many landmarks the same problem is solved by preconditioned conjugate gradients [2]_.
 
 References
 ----------
@@ -63,6 +64,9 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, NystroemSolver):
     method, landmarks, n_components, budget, eps
         How landmarks are chosen, as in `RidgeLeverageNystroem`. Landmarks of your own given as
         positions count the rows of `fit`, or of the first `partial_fit`.
+    approximation : {"projected", "regularized"}, default="projected"
+        ``K~ = C W^{-1} C'`` with W the kernel among the (weighted) landmarks, or that plus
+        ``ridge I``, the form of [1]_. See Notes.
     solver : {"direct", "cg"}, default="direct"
         "direct" accumulates the m x m problem in O(n m^2), and streams; "cg" runs
         preconditioned conjugate gradients in O(n m) an iteration, which pays from several
@@ -89,7 +93,8 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, NystroemSolver):
     component_indices_ : ndarray of shape (m,)
         Their positions among the rows seen; -1 for landmarks given as points.
     weights_ : ndarray of shape (m,)
-        Their importance weights, sample weights included.
+        Their importance weights; for "squeak", "ink", "bless" and "exact" times their sample
+        weights. They matter to the regularized form and to the preconditioner of "cg".
     effective_dimension_ : float
         Estimate of ``trace(K (K + ridge I)^{-1})``, as in `RidgeLeverageNystroem`.
     n_iter_ : int
@@ -112,12 +117,19 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, NystroemSolver):
     kernel. A NumPy memory map is read in tiles and never copied as a whole, except that
     "bless", "recursive" and "exact" hold the rows when weights are given.
 
+    *Projected or regularized.* ``K~_regularized <= K~_projected <= K`` in the order of positive
+    semidefinite matrices, so every guarantee of the first holds for the second, which is the
+    nearer one: with ``ridge = alpha`` the first shrinks predictions visibly more than exact
+    regression does. With all rows as landmarks the projected form is ``KernelRidge``; the
+    regularized one only as ridge tends to 0. The regularized form spares "direct" a triangular
+    solve a row.
+
     *Sample weights* are exact in the regression: for given landmarks a weight of 2 is a row given
     twice. They also enter the choice: rows of weight zero are never landmarks, and "squeak",
     "ink", "bless" and "exact" take the leverage scores of the weighted problem, so that weights
-    and repetitions draw landmarks of equal quality. They cannot draw the *same* landmarks:
-    that would mean to find equal rows and to put all rows in an order of their own before the
-    first is read, which neither streams nor files allow.
+    and repetitions draw landmarks of equal quality. They draw the *same* only if every distinct
+    row becomes one: otherwise equal rows would have to be found, and all rows put in an order
+    of their own, before the first is read, which neither streams nor files allow.
 
     *Streams.* `partial_fit` keeps the statistics Z'WZ and Z'WY of past rows. When landmarks
     change, the kernel values of past rows with landmarks that stay are kept exactly, and those
@@ -245,7 +257,7 @@ class NystroemRidgeClassifier(ClassifierMixin, NystroemSolver):
         Ridge of the leverage scores; None means `alpha`.
     method, landmarks, n_components, budget, eps
         How landmarks are chosen, as in `RidgeLeverageNystroem`.
-    solver, tol, max_iter, cache_size
+    approximation, solver, tol, max_iter, cache_size
         As in `NystroemRidge`.
     class_weight : dict or "balanced", default=None
         Weight of each class, which multiplies `sample_weight`, as in scikit-learn's
@@ -300,6 +312,7 @@ class NystroemRidgeClassifier(ClassifierMixin, NystroemSolver):
         n_components: int | None = None,
         budget: int | None = None,
         eps: float = 0.5,
+        approximation: str = "projected",
         solver: str = "direct",
         tol: float = 1e-6,
         max_iter: int = 100,
@@ -320,6 +333,7 @@ class NystroemRidgeClassifier(ClassifierMixin, NystroemSolver):
             n_components=n_components,
             budget=budget,
             eps=eps,
+            approximation=approximation,
             solver=solver,
             tol=tol,
             max_iter=max_iter,

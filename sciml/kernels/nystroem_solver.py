@@ -46,6 +46,7 @@ _FROZEN = (
     "n_components",
     "budget",
     "eps",
+    "approximation",
 )
 
 
@@ -113,6 +114,7 @@ class NystroemSolver(BaseEstimator):
         n_components: int | None = None,
         budget: int | None = None,
         eps: float = 0.5,
+        approximation: str = "projected",
         solver: str = "direct",
         tol: float = 1e-6,
         max_iter: int = 100,
@@ -131,6 +133,7 @@ class NystroemSolver(BaseEstimator):
         self.n_components = n_components
         self.budget = budget
         self.eps = eps
+        self.approximation = approximation
         self.solver = solver
         self.tol = tol
         self.max_iter = max_iter
@@ -243,7 +246,7 @@ class NystroemSolver(BaseEstimator):
             points = points[:, :-1]
         K = to_numpy(self._kernel(to_double(points), None)).astype(float)
         precision = float(np.finfo(str(_floating(X[:1]).dtype).replace("torch.", "")).eps)
-        share = None if self._is_plain() else weights
+        share = weights if self.approximation == "regularized" else None
         factor = factor_landmarks(K, share, self._score_ridge(), precision=precision)
         dimension = selector.effective_dimension_
         return Landmarks(points, indices, selected, weights, dimension, K, factor)
@@ -257,10 +260,6 @@ class NystroemSolver(BaseEstimator):
         column = _cast(np.ones(len(at)) if weight is None else np.sqrt(weight[at]), rows)
         library = import_module(array_library(rows))
         return library.concatenate([rows, column[:, None]], 1)
-
-    def _is_plain(self) -> bool:
-        """Whether features are those of ``C K^+ C'``, without importance weights."""
-        return self.landmarks is not None or self.method in ("uniform", "recursive")
 
     def _score_ridge(self) -> float:
         return self.alpha if self.ridge is None else self.ridge
@@ -294,19 +293,19 @@ class NystroemSolver(BaseEstimator):
         factor = landmarks.factor
         # Without a ridge the map is ill conditioned: it must act before the square is taken.
         # With one it may act afterwards, once, on an m x m matrix.
-        plain = self._is_plain()
+        projected = self.approximation == "projected"
         lower: Array = None
         gram: Array = 0.0
         moment: Array = 0.0
         for start, C in self._tiles(landmarks, X, weight, cache_bytes=0):
             Zt = C.T
-            if plain:
+            if projected:
                 lower = _cast(factor.lower, C) if lower is None else lower
                 Zt = solve_lower(lower, _take(Zt, factor.used))
             gram = gram + to_double(Zt @ Zt.T)
             moment = moment + to_double(Zt @ self._scaled(Y, weight, start, C))
         gram, moment = to_numpy(gram), to_numpy(moment)
-        if plain:
+        if projected:
             return gram, moment
         return factor.features(factor.features(gram).T), factor.features(moment)
 
@@ -411,6 +410,7 @@ class NystroemSolver(BaseEstimator):
         check_interval("alpha", self.alpha, 0, closed="neither")
         if self.ridge is not None:
             check_interval("ridge", self.ridge, 0, closed="neither")
+        check_choice("approximation", self.approximation, ("projected", "regularized"))
         check_choice("solver", self.solver, ("direct", "cg"))
         check_interval("tol", self.tol, 0, closed="neither")
         check_integer("max_iter", self.max_iter, 1)
