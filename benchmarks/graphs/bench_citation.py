@@ -70,6 +70,7 @@ if __name__ == "__main__":
     parser.add_argument("--data-home", required=True)
     parser.add_argument("--data", nargs="+", default=["Cora", "Cora-public", "Cora_ML"])
     parser.add_argument("--methods", nargs="+", default=methods)
+    parser.add_argument("--model", default="GCN", help="for the methods of ForwardGNN")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--smooth", type=int, default=0, help="average features so many times")
     args = parser.parse_args()
@@ -85,7 +86,9 @@ if __name__ == "__main__":
                 if method == "backprop":
                     tests.append(backprop(data, train, val, test, seed=10100 + 3 * run))
                     continue
-                model = ForwardGNNClassifier(method=method, random_state=10100 + 3 * run)
+                model = ForwardGNNClassifier(
+                    args.model, method=method, random_state=10100 + 3 * run
+                )
                 model.fit(data, train_mask=train, val_mask=val)
                 tests.append(model.score(data, mask=test))
                 first = model.layer_proba_[0].argmax(1) == data.y.numpy()

@@ -17,6 +17,7 @@ from torch_geometric.nn import GCN
 from torch_geometric.utils import from_scipy_sparse_matrix, to_undirected
 
 from sciml.graphs import ForwardGNNClassifier
+from sciml.layerwise import BackwardMemoryMonitor
 
 images, labels = load_digits(return_X_y=True)
 edge_index, _ = from_scipy_sparse_matrix(kneighbors_graph(images, 8))
@@ -28,30 +29,7 @@ data = Data(
 data.train_mask = torch.arange(data.num_nodes) % 2 == 0
 
 # %%
-# PyTorch calls a hook with every tensor it saves for the backward pass. The hook below wraps each
-# in an object that is counted for as long as it lives; a tensor saved twice counts once.
-
-
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    def __init__(self):
-        self.users, self.now, self.peak = {}, 0, 0
-        super().__init__(lambda tensor: Held(self, tensor), lambda held: held.tensor)
-
-
-class Held:
-    def __init__(self, counter, tensor):
-        storage = tensor.untyped_storage()
-        self.counter, self.tensor = counter, tensor
-        self.key, self.bytes = storage.data_ptr(), storage.nbytes()
-        if counter.users.setdefault(self.key, 0) == 0:
-            counter.now += self.bytes
-            counter.peak = max(counter.peak, counter.now)
-        counter.users[self.key] += 1
-
-    def __del__(self):
-        self.counter.users[self.key] -= 1
-        if self.counter.users[self.key] == 0:
-            self.counter.now -= self.bytes
+# The monitor counts what autograd saves in a forward pass, for as long as it is kept.
 
 
 def backpropagation(depth, epochs=3):
@@ -76,10 +54,9 @@ depths = [2, 4, 8, 16]
 mebibytes = {}
 for train in (backpropagation, local_losses):
     for depth in depths:
-        saved = SavedBytes()
-        with saved:
+        with BackwardMemoryMonitor() as saved:
             train(depth)
-        mebibytes[train.__name__, depth] = saved.peak / 2**20
+        mebibytes[train.__name__, depth] = saved.peak_bytes / 2**20
         print(
             f"{train.__name__:16s} {depth:2d} layers: {mebibytes[train.__name__, depth]:6.2f} MiB"
         )

@@ -23,6 +23,7 @@ from sciml.graphs.class_nodes import append_labels
 from sciml.graphs.frozen_aggregation import FixedGraph, FrozenInput
 from sciml.graphs.single_forward import ClassNodeGNN
 from sciml.graphs.stages import GraphStage, unit_rows
+from sciml.layerwise import goodness_loss
 
 __all__ = ["ClassNodeFFGNN", "ForwardForwardTraining", "LabelFFGNN", "ff_loss", "goodness"]
 
@@ -69,6 +70,10 @@ def ff_loss(z: Tensor, theta: float, target: int) -> Tensor:
     Tensor of shape ()
         Mean binary cross entropy with logits ``goodness(z) - theta``.
 
+    See Also
+    --------
+    sciml.layerwise.goodness_loss : The same for a mixed batch.
+
     Raises
     ------
     ValueError
@@ -87,8 +92,7 @@ def ff_loss(z: Tensor, theta: float, target: int) -> Tensor:
     check_interval("theta", theta, float("-inf"), float("inf"), closed="neither")
     if target not in (0, 1):
         raise ValueError(f"target must be 0 or 1, got {target!r}")
-    logits = goodness(z) - theta
-    return nn.functional.softplus(-logits if target == 1 else logits).mean()
+    return goodness_loss(z, z.new_full((len(z),), target), theta)
 
 
 class LabelFFGNN(ClassNodeGNN):

@@ -10,33 +10,7 @@ from torch_geometric.nn import GCN
 from torch_geometric.utils import from_scipy_sparse_matrix, to_undirected
 
 from sciml.graphs import ForwardGNNClassifier
-
-
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Largest number of bytes that autograd keeps at one moment; a storage counts once."""
-
-    def __init__(self):
-        self.users, self.now, self.peak = {}, 0, 0
-        super().__init__(self.pack, lambda held: held.tensor)
-
-    def pack(self, tensor):
-        return Held(self, tensor)
-
-
-class Held:
-    def __init__(self, counter, tensor):
-        self.counter, self.tensor = counter, tensor
-        self.key = tensor.untyped_storage().data_ptr()
-        self.bytes = tensor.untyped_storage().nbytes()
-        if counter.users.setdefault(self.key, 0) == 0:
-            counter.now += self.bytes
-            counter.peak = max(counter.peak, counter.now)
-        counter.users[self.key] += 1
-
-    def __del__(self):
-        self.counter.users[self.key] -= 1
-        if self.counter.users[self.key] == 0:
-            self.counter.now -= self.bytes
+from sciml.layerwise import BackwardMemoryMonitor
 
 
 def digits_graph(n=300):
@@ -51,18 +25,16 @@ def digits_graph(n=300):
 def test_saved_bytes_are_flat_in_depth(model):
     data, depths, ours, theirs = digits_graph(), [2, 4, 8, 16], [], []
     for depth in depths:
-        saved = SavedBytes()
-        with saved:
+        with BackwardMemoryMonitor() as saved:
             ForwardGNNClassifier(
                 model, num_layers=depth, max_epochs=2, patience=None, random_state=0
             ).fit(data)
-        ours.append(saved.peak)
+        ours.append(saved.peak_bytes)
         gcn = GCN(64, 128, depth, 10)
-        saved = SavedBytes()
-        with saved:
+        with BackwardMemoryMonitor() as saved:
             loss = torch.nn.functional.cross_entropy(gcn(data.x, data.edge_index), data.y)
             loss.backward()
-        theirs.append(saved.peak)
+        theirs.append(saved.peak_bytes)
     assert min(ours) > 0
     assert max(ours) <= 1.01 * min(ours)
     per_layer = np.diff(theirs) / np.diff(depths)
