@@ -205,16 +205,18 @@ def test_bad_input_is_named(arguments, message):
 
 
 @pytest.mark.slow
-def test_woodbury_is_50_times_the_dense_form():
-    X = clustered(600)
-    K = pairwise_kernel(X, gamma=1.0)
-    start = time.perf_counter()
-    ink_estimate(X, 1.0, budget=600, gamma=1.0, random_state=0)
-    fast = time.perf_counter() - start
-    result = ink_estimate(X, 1.0, budget=600, gamma=1.0, random_state=0)
-    start = time.perf_counter()
-    for t in range(100, 600, 50):  # a tenth of the steps, with the final dictionary
-        keep = result.indices < t
-        dense_step(K[: t + 1, : t + 1], result.indices[keep], result.weights[keep], 1.0, 0.5)
-    dense = (time.perf_counter() - start) * 50
-    assert dense > 10 * fast
+def test_woodbury_is_far_faster_than_the_dense_form():
+    """Measured 63 times at n = 600 with one thread a side; asserted at a third of that."""
+    K = pairwise_kernel(clustered(600), gamma=1.0)
+    stream = INKStream(1.0, 600, 0.5, "copies", "safe")
+    rng = np.random.RandomState(0)
+    fast = dense = 0.0
+    for t in range(600):
+        if t % 20 == 19:  # one step in twenty also with all matrices formed
+            start = time.perf_counter()
+            dense_step(K[: t + 1, : t + 1], stream.indices, stream.weights, 1.0, 0.5)
+            dense += 20 * (time.perf_counter() - start)
+        start = time.perf_counter()
+        stream.update(K[:t, t], K[t, t], rng)
+        fast += time.perf_counter() - start
+    assert dense > 20 * fast

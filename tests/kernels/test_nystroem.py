@@ -569,3 +569,16 @@ def test_clustered_data_twice_as_accurate_as_uniform():
             errors["squeak"].append(spectral_error(K, squeak.transform(X)))
             errors["uniform"].append(spectral_error(K, uniform.transform(X)))
         assert np.median(errors["uniform"]) > 2 * np.median(errors["squeak"]), budget
+    sphere = np.random.default_rng(0).standard_normal((600, 3))
+    sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
+    K = rbf(sphere)
+    errors = {"squeak": [], "uniform": []}
+    for seed in range(5):
+        squeak = RidgeLeverageNystroem(gamma=1.0, n_components=40, random_state=seed).fit(sphere)
+        m = len(squeak.component_indices_)
+        uniform = RidgeLeverageNystroem(
+            gamma=1.0, method="uniform", n_components=m, random_state=seed
+        ).fit(sphere)
+        errors["squeak"].append(spectral_error(K, squeak.transform(sphere)))
+        errors["uniform"].append(spectral_error(K, uniform.transform(sphere)))
+    assert np.median(errors["squeak"]) <= 1.05 * np.median(errors["uniform"])
