@@ -93,12 +93,13 @@ def psnr(x_hat, x):
 def operators(side, dtype):
     """Gaussian blur, and random signs, sine transform and subsampling; both of norm 1."""
     img_size = (1, side, side)
+    rows = 3 * side // 4 if side == 8 else side // 2
     return {
         "deblurring": deepinv.physics.BlurFFT(
             img_size=img_size, filter=gaussian_blur(sigma=(1.0, 1.0), dtype=dtype)
         ),
-        "compressed sensing 1/2": deepinv.physics.StructuredRandom(
-            img_size, (1, side // 2, side), n_layers=2, rng=torch.Generator().manual_seed(0)
+        f"compressed sensing {rows / side:g}": deepinv.physics.StructuredRandom(
+            img_size, (1, rows, side), n_layers=2, rng=torch.Generator().manual_seed(0)
         ),
     }
 

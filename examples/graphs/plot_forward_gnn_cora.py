@@ -120,7 +120,7 @@ right.bar(at + 0.2, together, 0.4, label="with those below")
 right.axhline(test, color="k", linestyle="--", label="backpropagation")
 right.set(xticks=at, xticklabels=["layer 1", "layer 2", "layer 3"], ylabel="test accuracy")
 right.set_ylim(min(alone + [test]) - 0.05, 1)
-right.legend(loc="lower right")
+right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize="small")
 fig.suptitle(f"{name}: each layer learns from its own loss")
 if __name__ == "__main__":
     fig.savefig("forward_gnn_cora.png", dpi=150)

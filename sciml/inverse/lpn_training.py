@@ -10,19 +10,14 @@ References
    Problems", ICLR 2024, arXiv:2310.14344, Algorithm 1 and Appendix C.
 """
 
-import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from .._check import check_finite, check_integer, check_interval
+from .._checkpoint import load_checkpoint, load_optimizer, optimizer_state, save_checkpoint
 from .proximal_matching import ProximalMatchingSchedule, proximal_matching_loss
 
 __all__ = ["TrainingHistory", "project_after_step", "train_lpn"]
@@ -202,7 +198,7 @@ def train_lpn(
     project_after_step(optimizer, net)
     history = TrainingHistory()
     if resume_from is not None:
-        history = _load_checkpoint(Path(resume_from), net, optimizer, generator, schedule)
+        history = _load_checkpoint(resume_from, net, optimizer, generator, schedule)
     validation_noise = None
     if held_out is not None:
         # Noise of its own generator: the same at every evaluation and in resumed runs.
@@ -211,9 +207,9 @@ def train_lpn(
             held_out.shape, dtype=held_out.dtype, device=held_out.device, generator=noise
         )
 
-    def save_checkpoint() -> None:
+    def write_checkpoint() -> None:
         if checkpoint is not None:
-            _save_checkpoint(Path(checkpoint), net, optimizer, generator, schedule, history)
+            _save_checkpoint(checkpoint, net, optimizer, generator, schedule, history)
 
     net.train()
     cast(Any, net).project_()
@@ -260,9 +256,9 @@ def train_lpn(
                 history.validation.append({"step": done, **scores})
                 progress.set_postfix(loss=current, psnr=scores["psnr"])
             if done % checkpoint_every == 0 or done == schedule.n_steps:
-                save_checkpoint()
+                write_checkpoint()
     except KeyboardInterrupt:
-        save_checkpoint()
+        write_checkpoint()
         raise
     finally:
         progress.close()
@@ -312,56 +308,39 @@ def _validate(
 
 
 def _save_checkpoint(
-    path: Path,
+    path: str | os.PathLike[str],
     net: nn.Module,
     optimizer: Optimizer,
     generator: torch.Generator,
     schedule: ProximalMatchingSchedule,
     history: TrainingHistory,
 ) -> None:
-    """Write one file beside `path`, then rename it: `path` never holds half a checkpoint."""
-    tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
-    for index, entries in optimizer.state_dict()["state"].items():
-        for name, value in entries.items():
-            tensors[f"adam.{index}.{name}"] = value.contiguous()
+    """Write weights, optimiser, random state, schedule and history to one file."""
+    tensors = {f"net.{name}": value for name, value in net.state_dict().items()}
+    moments, values = optimizer_state(optimizer)
+    tensors |= moments
     tensors["generator"] = generator.get_state()
-    state = {
+    metadata = {
         "stages": [list(stage) for stage in schedule.stages],
         "loss": history.loss,
         "validation": history.validation,
+        "optimizer": values,
     }
-    content = save(tensors, metadata={"training": json.dumps(state)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    save_checkpoint(path, tensors, metadata)
 
 
 def _load_checkpoint(
-    path: Path,
+    path: str | os.PathLike[str],
     net: nn.Module,
     optimizer: Optimizer,
     generator: torch.Generator,
     schedule: ProximalMatchingSchedule,
 ) -> TrainingHistory:
     """Set network, optimiser and random state as they were, and return the history."""
-    if not path.is_file():
-        raise FileNotFoundError(f"resume_from must be a checkpoint file, got {str(path)!r}")
-    device = next(net.parameters()).device
-    with safe_open(path, framework="pt") as file:
-        metadata = (file.metadata() or {}).get("training")
-        if metadata is None:
-            raise ValueError(f"resume_from must be written by train_lpn, got {str(path)!r}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    state = json.loads(metadata)
-    stored = ProximalMatchingSchedule.from_stages(state["stages"])
+    tensors, metadata = load_checkpoint(path)
+    if "stages" not in metadata or "generator" not in tensors:
+        raise ValueError(f"resume_from must be written by train_lpn, got {os.fspath(path)!r}")
+    stored = ProximalMatchingSchedule.from_stages(metadata["stages"])
     if stored != schedule:
         raise ValueError(f"schedule must be the checkpoint's {stored!r}, got {schedule!r}")
     weights = {name[4:]: value for name, value in tensors.items() if name.startswith("net.")}
@@ -369,13 +348,6 @@ def _load_checkpoint(
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"net must be of the checkpoint's layers: {error}") from error
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("adam."):
-            _, index, entry = name.split(".")
-            moments.setdefault(int(index), {})[entry] = value.to(device)
-    optimizer.load_state_dict(
-        {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    load_optimizer(optimizer, tensors, metadata["optimizer"])
     generator.set_state(tensors["generator"])
-    return TrainingHistory(loss=state["loss"], validation=state["validation"])
+    return TrainingHistory(loss=metadata["loss"], validation=metadata["validation"])

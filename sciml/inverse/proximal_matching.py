@@ -264,7 +264,15 @@ def _checked(stages: list[TrainingStage]) -> tuple[TrainingStage, ...]:
             check_interval("gamma", stage.loss, 0, closed="neither")
         check_integer("n_steps", stage.n_steps, 0)
         check_interval("learning_rate", stage.learning_rate, 0, closed="neither")
-    kept = tuple(stage for stage in stages if stage.n_steps > 0)
+    kept = tuple(
+        TrainingStage(
+            stage.loss if isinstance(stage.loss, str) else float(stage.loss),
+            int(stage.n_steps),
+            float(stage.learning_rate),
+        )
+        for stage in stages
+        if stage.n_steps > 0
+    )
     if not kept:
         raise ValueError("stages must hold at least one step, got none")
     return kept

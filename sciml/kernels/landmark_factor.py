@@ -93,7 +93,8 @@ def factor_landmarks(
     eps = np.finfo(float).eps if precision is None else precision
     lower, pivots, rank, _ = dpstrf(K, tol=eps ** (2 / 3) * float(K.diagonal().max()), lower=1)
     if rank == 0:
-        raise ValueError("kernel must not be zero on all landmarks")
+        # All landmarks are zero in the kernel's space, and so are their values with any point.
+        rank, lower[0, 0] = 1, 1.0
     return LandmarkFactor(pivots[:rank] - 1, np.ones(rank), np.tril(lower[:rank, :rank]), m)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.metaestimators import available_if
@@ -230,11 +231,15 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, NystroemSolver):
 
     def _validate_pairs(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
         if array_library(X) == "numpy":
+            if issparse(y):
+                raise TypeError(f"y must be a dense array, got {type(y).__name__}")
             options: dict[str, Any] = {"y_numeric": True, "multi_output": True}
             return validate_data(self, X, y, dtype=row_dtypes(X), reset=reset, **options)
         X = self._validate_rows(X, reset=reset)
-        check_finite("y", y)
+        if y.ndim not in (1, 2):
+            raise ValueError(f"y must have 1 or 2 dimensions, got shape {tuple(y.shape)}")
         check_same_length(X=X, y=y)
+        check_finite("y", y)
         return X, y
 
     def _flatten(self, y: Array) -> None:

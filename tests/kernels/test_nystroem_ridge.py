@@ -472,6 +472,24 @@ def test_float32_stays_float32():
     assert np.abs(model.predict(X.astype(np.float32)) - double.predict(X)).mean() < 0.05
 
 
+def test_degenerate_data():
+    """Duplicates, constant rows, rows that are zero in the kernel's space: as KernelRidge."""
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal(60)
+    for X, kernel in (
+        (np.repeat(rng.standard_normal((6, 2)), 10, axis=0), "rbf"),
+        (np.ones((60, 2)), "rbf"),
+        (np.zeros((60, 2)), "linear"),
+        (rng.standard_normal((60, 2)), "linear"),
+    ):
+        exact = KernelRidge(alpha=1.0, kernel=kernel, gamma=0.5).fit(X, y).predict(X)
+        for solver in ("direct", "cg"):
+            model = NystroemRidge(
+                kernel=kernel, gamma=0.5, ridge=0.1, solver=solver, tol=1e-9, random_state=0
+            )
+            np.testing.assert_allclose(model.fit(X, y).predict(X), exact, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -515,6 +533,10 @@ def test_bad_data_is_named():
         NystroemRidge().partial_fit(X, y).partial_fit(X[:, :1], y)
     with pytest.raises(ValueError, match="same length"):
         NystroemRidge().fit(torch.as_tensor(X), torch.as_tensor(y[:10]))
+    with pytest.raises(TypeError, match="y must be a dense array"):
+        NystroemRidge().fit(X, csr_array(X))
+    with pytest.raises(ValueError, match="y must have 1 or 2 dimensions"):
+        NystroemRidge().fit(torch.as_tensor(X), torch.as_tensor(X)[:, :, None])
     with pytest.raises(ValueError, match="float32 or float64"):
         NystroemRidge().fit(torch.ones(5, 2, dtype=torch.int64), torch.ones(5))
     with pytest.raises(ValueError, match="y must have 1 targets, got 2"):

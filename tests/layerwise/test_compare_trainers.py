@@ -75,7 +75,8 @@ def test_rows_without_search():
     assert rows[2]["peak_backward_bytes"] is None
     for row in rows:
         assert row["n_trials"] == row["n_failed"] == row["search_seconds"] == 0
-        assert row["energy_joules"] == pytest.approx(10 * row["seconds"], rel=0.5, abs=0.2)
+        # 10 W during the training and the moments around it.
+        assert row["energy_joules"] >= 9.999 * row["seconds"] > 0
         assert set(row["folds"][0]["params"]) == set()
 
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import types
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -60,12 +61,21 @@ def test_constant_power():
     assert not any(thread.name == "EnergyMonitor" for thread in threading.enumerate())
 
 
-def test_rising_power():
-    start = time.monotonic()
-    with EnergyMonitor(0.02, power=lambda: 1000 * (time.monotonic() - start)) as monitor:
-        time.sleep(0.2)
-    # 1000 t watts from about 0 to d joules: 500 d^2, less what passes before the block begins.
-    assert monitor.energy_joules == pytest.approx(500 * monitor.duration**2, rel=0.1, abs=1)
+def test_rising_power(monkeypatch):
+    """By a clock that moves 1/8 s whenever it is read, power is 10 W a second."""
+    now = [0.0]
+
+    def clock():
+        now[0] += 0.125
+        return now[0]
+
+    module = import_module("sciml.layerwise.energy")
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=clock))
+    with EnergyMonitor(0.002, power=lambda: 10 * (now[0] + 0.125)) as monitor:
+        time.sleep(0.1)
+    end = 0.125 + monitor.duration
+    assert monitor.duration >= 0.25
+    assert monitor.energy_joules == pytest.approx(5 * (end**2 - 0.125**2))
 
 
 def test_samples_end_and_begin_with_the_block():
