@@ -8,8 +8,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.demo
 	$(RUN) examples/tour.py
 
+# Two workers with one thread each: threads of both would wait for one another.
 test: lint
-	$(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
