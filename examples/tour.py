@@ -183,7 +183,7 @@ def learned_proximal_network():
     lpn = LPNDenoiser(sigma=0.1, width=16, n_steps=1200, batch_size=64, random_state=0)
     net = lpn.fit(images[:-50]).network_
     physics = deepinv.physics.Blur(
-        deepinv.physics.blur.gaussian_blur(sigma=(0.7, 0.7)), padding="circular"
+        deepinv.physics.functional.gaussian_blur(sigma=(0.7, 0.7)), padding="circular"
     )
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     y = physics.A(clean) + 0.05 * noise
