@@ -294,14 +294,20 @@ class NystroemSolver(BaseEstimator):
         # Without a ridge the map is ill conditioned: it must act before the square is taken.
         # With one it may act afterwards, once, on an m x m matrix.
         projected = self.approximation == "projected"
-        lower: Array = None
+        inverse: Array = None
         gram: Array = 0.0
         moment: Array = 0.0
-        for start, C in self._tiles(landmarks, X, weight, cache_bytes=0):
+        # In the order of the factor, so that tiles need no reordering.
+        points = _take(landmarks.points, factor.used)
+        for start, C in self._tiles(points, X, weight, cache_bytes=0):
             Zt = C.T
             if projected:
-                lower = _cast(factor.lower, C) if lower is None else lower
-                Zt = solve_lower(lower, _take(Zt, factor.used))
+                if inverse is None:
+                    # One product a tile is as exact as a triangular solve, since the factor is
+                    # cut off well above rounding, and keeps to one linear algebra library: two
+                    # thread pools in turn halve the speed of each other.
+                    inverse = _cast(solve_lower(factor.lower, np.eye(len(factor.lower))), C)
+                Zt = (C @ inverse.T).T
             gram = gram + to_double(Zt @ Zt.T)
             moment = moment + to_double(Zt @ self._scaled(Y, weight, start, C))
         gram, moment = to_numpy(gram), to_numpy(moment)
@@ -321,7 +327,7 @@ class NystroemSolver(BaseEstimator):
     def _solve_cg(self, landmarks: Landmarks, X: Array, Y: Array, weight: Matrix | None) -> None:
         """Solve the same problem by preconditioned conjugate gradients, all targets at once."""
         factor = landmarks.factor
-        tiles = self._tiles(landmarks, X, weight, cache_bytes=self.cache_size * 2**20)
+        tiles = self._tiles(landmarks.points, X, weight, cache_bytes=self.cache_size * 2**20)
         target = factor.features(tiles.moment(lambda start, C: self._scaled(Y, weight, start, C)))
         # The system as the landmarks alone see it: weighted sums over them are unbiased for
         # sums over all rows.
@@ -350,9 +356,9 @@ class NystroemSolver(BaseEstimator):
         self._set_coefficients(landmarks, factor.coefficients(solution.x))
 
     def _tiles(
-        self, landmarks: Landmarks, X: Array, weight: Matrix | None, *, cache_bytes: float
+        self, points: Array, X: Array, weight: Matrix | None, *, cache_bytes: float
     ) -> KernelTiles:
-        points = _cast(landmarks.points, _floating(X[:1]))
+        points = _cast(points, _floating(X[:1]))
         options = self._options()
 
         def kernel(start: int, stop: int, out: Array | None) -> Array:
