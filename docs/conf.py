@@ -41,7 +41,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"[\\/]plot_",
-    "ignore_pattern": r"[\\/](?!plot_)[^\\/]*\.py$",
+    "ignore_pattern": r"(^|[\\/])(?!plot_)[^\\/]*\.py$",
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "show_memory": False,
@@ -50,7 +50,7 @@ sphinx_gallery_conf = {
 }
 
 
-def write_pages_from_code(app):
+def write_pages_from_code():
     """Write the API page of each domain from its `__all__`, and the table of methods."""
     for domain in DOMAINS:
         package = import_module(f"sciml.{domain}")
@@ -91,6 +91,6 @@ def skip_metadata_routing(app, what, name, obj, skip, options):
 
 
 def setup(app):
-    # Before autosummary looks for pages (its own handler has the default priority 500).
-    app.connect("builder-inited", write_pages_from_code, priority=100)
+    # Before Sphinx looks which pages there are.
+    write_pages_from_code()
     app.connect("autodoc-skip-member", skip_metadata_routing)
