@@ -291,7 +291,7 @@ class LearnedProximalNetwork(_PotentialGradient):
         return {f"lin.{k}.weight": self.lin[k].weight for k in range(1, len(self.lin))}  # type: ignore[misc]
 
     def check_input(self, x: Tensor) -> None:
-        """Raise unless `x` is finite and of the shape (batch, in_channels, *image_size)."""
+        """Raise unless `x` is finite and of shape (batch, in_channels, height, width)."""
         super().check_input(x)
         wanted = (None, self.in_channels, *self.image_size)
         if x.dim() == 4 and x.shape[1] == self.in_channels and x.shape[2:] != self.image_size:

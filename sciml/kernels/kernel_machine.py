@@ -274,7 +274,7 @@ class KernelMachineClassifier(ClassifierMixin, _KernelMachine):
         dtype of X. A `ConvergenceWarning` tells if it is above `tol`.
     n_features_in_ : int
         Number of features.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Names of the features, if X has string column names.
 
     See Also
@@ -484,7 +484,7 @@ class KernelMachineRegressor(RegressorMixin, _KernelMachine):
         `dual_coef_` is rounded to the dtype of X.
     n_features_in_ : int
         Number of features.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Names of the features, if X has string column names.
 
     See Also
