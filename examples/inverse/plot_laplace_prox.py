@@ -65,7 +65,8 @@ for name in ("squared error", "absolute error"):
 
 # %%
 # Because every one of them is the proximal operator of *some* function R, that function can be
-# evaluated by inverting the network. Only the one trained by proximal matching has found the absolute value.
+# evaluated by inverting the network. Only the one trained by proximal matching has found the
+# absolute value.
 
 x = torch.linspace(-2, 2, 201)[:, None]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
