@@ -14,21 +14,15 @@ References
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sciml.kernels.linear_algebra import (
-    add_to_diagonal,
-    eigh,
-    kernel_cholesky,
-    solve_lower,
-    to_double,
-    to_numpy,
-)
+from sciml.kernels.arrays import Array, cast_like, take, to_double, to_numpy
+from sciml.kernels.linear_algebra import add_to_diagonal, eigh, kernel_cholesky, solve_lower
 from sciml.kernels.ridge_leverage import ridge_leverage_scores
-from sciml.kernels.squeak import _like, _take, check_residuals
+from sciml.kernels.squeak import check_residuals
 
 __all__ = [
     "Sample",
@@ -38,7 +32,6 @@ __all__ = [
     "uniform_sample",
 ]
 
-Array = Any
 Kernel = Callable[[Array, Array | None], Array]
 Diagonal = Callable[[Array], Array]
 _BLOCK = 4096  # rows that are scored at once
@@ -109,7 +102,7 @@ def recursive_leverage_sample(
     for level in range(levels - 1, -1, -1):
         top = level == 0
         current = permutation[: sizes[level]]
-        landmarks = to_double(_take(X, chosen))
+        landmarks = to_double(take(X, chosen))
         system = to_double(kernel(landmarks, None)) + 0  # a copy: the ridge goes in place
         SKS = to_numpy(system)
         if rank >= len(chosen):
@@ -118,7 +111,7 @@ def recursive_leverage_sample(
             eigenvalues = np.linalg.eigvalsh(weights[:, None] * SKS * weights)
             tail = (SKS.diagonal() * weights**2).sum() - np.abs(eigenvalues[-rank:]).sum()
             ridge = max(tail / rank, 1e-10 * values.max())
-        add_to_diagonal(system, _like(ridge / weights**2, system))
+        add_to_diagonal(system, cast_like(ridge / weights**2, system))
         residual = _residuals(X, current, values, kernel, landmarks, system)
         scale = 1.0 if top else oversample
         leverage = np.clip(scale / ridge * np.maximum(residual, 0), 0, 1)
@@ -166,9 +159,9 @@ def bless_sample(
         candidates = np.flatnonzero(rng.uniform(size=n) < ceiling)
         if not len(candidates):
             candidates = np.array([int(rng.randint(n))])
-        landmarks = to_double(_take(X, chosen))
+        landmarks = to_double(take(X, chosen))
         system = to_double(kernel(landmarks, None)) + 0
-        add_to_diagonal(system, _like(step * probabilities, system))
+        add_to_diagonal(system, cast_like(step * probabilities, system))
         residual = _residuals(X, candidates, values, kernel, landmarks, system)
         tau = np.clip(residual / step, 0, 1)
         share = np.minimum(budget * tau, ceiling[candidates]) / ceiling[candidates]
@@ -203,7 +196,7 @@ def _residuals(
     residual = np.empty(len(rows))
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK]
-        half = solve_lower(factor, to_double(kernel(landmarks, to_double(_take(X, block)))))
+        half = solve_lower(factor, to_double(kernel(landmarks, to_double(take(X, block)))))
         residual[start : start + _BLOCK] = values[block] - to_numpy((half * half).sum(0))
     check_residuals(residual, values[rows])
     return residual
@@ -254,11 +247,11 @@ def nystroem_map(
         noise = spectrum <= max(cutoff, eps * len(spectrum)) * spectrum.max()
         inverse = np.where(noise, 0, 1 / np.sqrt(np.where(noise, 1, spectrum)))
         dimension = float((spectrum / (spectrum + ridge / share)).sum())
-        return (vectors * _like(inverse, K)) @ vectors.T, dimension
-    root = _like(np.sqrt(weights), K)
+        return (vectors * cast_like(inverse, K)) @ vectors.T, dimension
+    root = cast_like(np.sqrt(weights), K)
     values, vectors = eigh(root[:, None] * K * root)
     spectrum = _nonnegative(to_numpy(values).astype(float))
-    scale = _like(1 / np.sqrt(spectrum + ridge), K)
+    scale = cast_like(1 / np.sqrt(spectrum + ridge), K)
     dimension = float((spectrum / (spectrum + ridge)).sum())
     return ((vectors * scale) @ vectors.T) * root, dimension
 

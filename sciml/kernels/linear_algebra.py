@@ -9,43 +9,17 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
+from sciml.kernels.arrays import Array, array_library
+
 __all__ = [
     "add_to_diagonal",
-    "array_library",
     "cholesky",
     "eigh",
     "inverse_diagonal",
     "kernel_cholesky",
     "matmul",
     "solve_lower",
-    "to_double",
-    "to_numpy",
 ]
-
-Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
-
-
-def array_library(array: Array) -> str:
-    """Return "torch", "cupy" or "numpy": the library that `array` belongs to."""
-    library = type(array).__module__.partition(".")[0]
-    return library if library in ("torch", "cupy") else "numpy"
-
-
-def to_numpy(array: Array) -> np.ndarray[Any, np.dtype[Any]]:
-    """Copy `array` to the host as a NumPy array; NumPy arrays are returned as they are."""
-    library = array_library(array)
-    if library == "torch":
-        return array.detach().cpu().numpy()
-    if library == "cupy":
-        return array.get()
-    return np.asarray(array)
-
-
-def to_double(array: Array) -> Array:
-    """Return `array` in float64 if it is in float32, else as it is (positions stay integers)."""
-    if not str(array.dtype).endswith("float32"):
-        return array
-    return array.double() if array_library(array) == "torch" else array.astype(np.float64)
 
 
 def add_to_diagonal(matrix: Array, values: Any) -> None:

@@ -34,6 +34,17 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from sciml._check import check_choice, check_finite, check_integer, check_interval
+from sciml.kernels.arrays import (
+    Array,
+    array_library,
+    cast_like,
+    concatenate,
+    copy_rows,
+    empty,
+    take,
+    to_double,
+    to_numpy,
+)
 from sciml.kernels.ink_estimate import INKStream
 from sciml.kernels.leverage_sampling import (
     bless_sample,
@@ -42,23 +53,13 @@ from sciml.kernels.leverage_sampling import (
     recursive_leverage_sample,
     uniform_sample,
 )
-from sciml.kernels.linear_algebra import array_library, matmul, to_double, to_numpy
+from sciml.kernels.linear_algebra import matmul
 from sciml.kernels.pairwise import KernelLike, kernel_diag, pairwise_kernel
 from sciml.kernels.ridge_leverage import check_kernel_matrix
-from sciml.kernels.squeak import (
-    Dictionary,
-    _concatenate,
-    _take,
-    expand,
-    merge_dictionaries,
-    shrink,
-    squeak_scores,
-    thin,
-)
+from sciml.kernels.squeak import Dictionary, expand, merge_dictionaries, shrink, squeak_scores, thin
 
 __all__ = ["RidgeLeverageNystroem", "merge"]
 
-Array = Any
 METHODS = ("squeak", "ink", "bless", "recursive", "exact", "uniform")
 _BLOCK = 256  # arrivals at once, or half the dictionary: there the cost a row is least
 _TILE = 1024  # rows of a kernel tile in transform
@@ -338,14 +339,14 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """
         check_is_fitted(self, "normalization_")
         X = self._validate(X, reset=False)
-        normalization = _cast(self.normalization_, X)
+        normalization = cast_like(self.normalization_, X)
         with _threads(self.n_jobs):
             if _is_precomputed(self.kernel):
                 return X[:, self.component_indices_] @ normalization.T
-            components = _cast(self.components_, X)
-            result = _empty((len(X), len(normalization)), X)
+            components = cast_like(self.components_, X)
+            result = empty((len(X), len(normalization)), X)
             # Kernel values of a tile of rows go straight into the product with the map.
-            tile = _empty((min(_TILE, len(X)), len(components)), X)
+            tile = empty((min(_TILE, len(X)), len(components)), X)
             for start in range(0, len(X), _TILE):
                 rows = X[start : start + _TILE]
                 values = tile[: len(rows)]
@@ -381,7 +382,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             sample = uniform_sample(n, m, rng)
             self._set(points, sample.indices, sample.weights, sample.scores, kernel, plain=True)
             # m rows drawn from n are a reservoir after n rows: partial_fit goes on from it.
-            self._reservoir = [(int(i), _own(points[i : i + 1])) for i in sample.indices]
+            self._reservoir = [(int(i), copy_rows(points[i : i + 1])) for i in sample.indices]
             self._n_streamed, self._rng = n, copy.deepcopy(rng)
         elif self.method == "exact":
             m = 100 if self.n_components is None else self.n_components
@@ -427,7 +428,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             start, bar = 0, tqdm(total=len(X), disable=not self.verbose, unit="row")
             while start < len(X):
                 kept = 0 if self._dictionary is None else len(self._dictionary)
-                rows = _own(X[start : start + max(_BLOCK, kept // 2)])
+                rows = copy_rows(X[start : start + max(_BLOCK, kept // 2)])
                 if precomputed is None and not str(rows.dtype).endswith(("float32", "float64")):
                     rows = rows.astype(np.float64)  # of a memory map
                 check_finite("X", rows)
@@ -449,7 +450,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         # INK-Estimate looks at every past point: all are kept, as the method demands.
         # Rows that an interrupt left beyond n_seen go.
         before = self._ink.n_seen
-        self._points = _own(X) if before == 0 else _concatenate(self._points[:before], X)
+        self._points = copy_rows(X) if before == 0 else concatenate([self._points[:before], X])
         values = to_numpy(diagonal(X))
         for i in tqdm(range(len(X)), disable=not self.verbose, unit="row"):
             t = self._ink.n_seen
@@ -464,11 +465,11 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         m = 100 if self.n_components is None else self.n_components
         seen, reservoir = self._n_streamed, list(self._reservoir)
         first = min(max(m - len(reservoir), 0), len(X))
-        reservoir += [(seen + i, _own(X[i : i + 1])) for i in range(first)]
+        reservoir += [(seen + i, copy_rows(X[i : i + 1])) for i in range(first)]
         places = rng.randint(seen + 1 + np.arange(first, len(X)))
         for i in np.flatnonzero(places < m):
             row = first + int(i)
-            reservoir[int(places[i])] = (seen + row, _own(X[row : row + 1]))
+            reservoir[int(places[i])] = (seen + row, copy_rows(X[row : row + 1]))
         self._reservoir, self._n_streamed = reservoir, seen + len(X)
 
     def _finish_stream(self, rng: np.random.RandomState, precomputed: Array | None = None) -> None:
@@ -496,7 +497,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         else:
             points = self._reservoir[0][1]
             for _, row in self._reservoir[1:]:
-                points = _concatenate(points, row)
+                points = concatenate([points, row])
             indices = np.array([t for t, _ in self._reservoir])
             m = len(indices)
             weights = np.full(m, self._n_streamed / m)
@@ -597,9 +598,9 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 raise ValueError(f"landmarks must be positions in [0, {n}), got {landmarks!r:.100}")
             if len(np.unique(indices)) < len(indices):
                 raise ValueError("landmarks must be distinct positions, got duplicates")
-            chosen = _take(points, indices)
+            chosen = take(points, indices)
         elif len(shape) == 2 and precomputed is None and shape[1] == points.shape[1]:
-            chosen = _cast(landmarks, points)
+            chosen = cast_like(landmarks, points)
             check_finite("landmarks", chosen)
             indices = np.full(shape[0], -1)
         else:
@@ -622,7 +623,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         *,
         plain: bool = False,
     ) -> None:
-        chosen = _own(_take(points, indices))
+        chosen = copy_rows(take(points, indices))
         self._set_points(chosen, indices, weights, scores, kernel, plain=plain)
 
     def _set_points(
@@ -650,7 +651,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         )
         if not plain and not self.regularized:
             normalization, _ = nystroem_map(to_double(K), None, self.ridge, **options)
-        self.normalization_ = _cast(normalization, like)
+        self.normalization_ = cast_like(normalization, like)
         self._n_features_out = len(indices)
 
     def _kernel_functions(self, precomputed: Array | None) -> tuple[Any, Any]:
@@ -825,37 +826,6 @@ def _chunks(X: Any) -> Any:
 
 def _is_precomputed(kernel: Any) -> bool:
     return isinstance(kernel, str) and kernel == "precomputed"
-
-
-def _own(rows: Array) -> Array:
-    """Rows that do not keep the array alive which they were taken from."""
-    return rows.clone() if array_library(rows) == "torch" else np.array(rows, copy=True)
-
-
-def _cast(values: Array, like: Array) -> Array:
-    library = array_library(like)
-    if library == "torch":
-        import torch
-
-        return torch.as_tensor(values, dtype=like.dtype, device=like.device)
-    if library == "cupy":
-        import cupy
-
-        return cupy.asarray(values, dtype=like.dtype)
-    return np.asarray(to_numpy(values), dtype=like.dtype)
-
-
-def _empty(shape: tuple[int, int], like: Array) -> Array:
-    library = array_library(like)
-    if library == "torch":
-        import torch
-
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if library == "cupy":
-        import cupy
-
-        return cupy.empty(shape, dtype=like.dtype)
-    return np.empty(shape, dtype=like.dtype)
 
 
 @contextmanager

@@ -34,13 +34,12 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d, validate_data
 
 from sciml._check import check_finite, check_same_length
-from sciml.kernels.linear_algebra import array_library, to_numpy
+from sciml.kernels.arrays import Array, array_library, to_numpy
 from sciml.kernels.nystroem_solver import NystroemSolver, check_weights, row_dtypes, streams
 from sciml.kernels.pairwise import KernelLike
 
 __all__ = ["NystroemRidge", "NystroemRidgeClassifier"]
 
-Array = Any
 Matrix = NDArray[np.float64]
 
 

@@ -17,22 +17,15 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from sciml._check import check_choice, check_finite, check_integer, check_interval, check_shape
+from sciml.kernels.arrays import Array, array_library, cast_like, take, to_double, to_numpy
 from sciml.kernels.landmark_factor import LandmarkFactor, carry_matrix, factor_landmarks
-from sciml.kernels.linear_algebra import (
-    array_library,
-    cholesky,
-    solve_lower,
-    to_double,
-    to_numpy,
-)
-from sciml.kernels.nystroem import RidgeLeverageNystroem, _cast
+from sciml.kernels.linear_algebra import cholesky, solve_lower
+from sciml.kernels.nystroem import RidgeLeverageNystroem
 from sciml.kernels.pairwise import KernelLike, kernel_matmul, pairwise_kernel
 from sciml.kernels.preconditioned_cg import KernelTiles, preconditioned_cg
-from sciml.kernels.squeak import _take
 
 __all__ = ["NystroemSolver", "WeightedKernel", "check_weights", "row_dtypes", "streams"]
 
-Array = Any
 Matrix = NDArray[np.float64]
 _SELECT = 1 << 16  # rows that are shown to the choice of landmarks at a time
 # Parameters that the statistics of past rows depend on.
@@ -231,7 +224,7 @@ class NystroemSolver(BaseEstimator):
             selector.set_params(kernel=WeightedKernel(self.kernel, self._options()))
             selector.fit(self._shown(X, rows, weight, weighted))
         else:
-            selector.fit(X if len(rows) == len(X) else _take(X, rows))
+            selector.fit(X if len(rows) == len(X) else take(X, rows))
         # The selector counts rows of positive weight; users count all.
         selected = selector.component_indices_
         indices = selected.copy()
@@ -254,10 +247,10 @@ class NystroemSolver(BaseEstimator):
     def _shown(self, X: Array, at: NDArray[np.int64], weight: Matrix | None, root: bool) -> Array:
         """Rows as the selector sees them: with the root of their weight as last column."""
         together = len(at) == at[-1] - at[0] + 1
-        rows = _floating(X[int(at[0]) : int(at[-1]) + 1] if together else _take(X, at))
+        rows = _floating(X[int(at[0]) : int(at[-1]) + 1] if together else take(X, at))
         if not root:
             return rows
-        column = _cast(np.ones(len(at)) if weight is None else np.sqrt(weight[at]), rows)
+        column = cast_like(np.ones(len(at)) if weight is None else np.sqrt(weight[at]), rows)
         library = import_module(array_library(rows))
         return library.concatenate([rows, column[:, None]], 1)
 
@@ -298,7 +291,7 @@ class NystroemSolver(BaseEstimator):
         gram: Array = 0.0
         moment: Array = 0.0
         # In the order of the factor, so that tiles need no reordering.
-        points = _take(landmarks.points, factor.used)
+        points = take(landmarks.points, factor.used)
         for start, C in self._tiles(points, X, weight, cache_bytes=0):
             Zt = C.T
             if projected:
@@ -306,7 +299,7 @@ class NystroemSolver(BaseEstimator):
                     # One product a tile is as exact as a triangular solve, since the factor is
                     # cut off well above rounding, and keeps to one linear algebra library: two
                     # thread pools in turn halve the speed of each other.
-                    inverse = _cast(solve_lower(factor.lower, np.eye(len(factor.lower))), C)
+                    inverse = cast_like(solve_lower(factor.lower, np.eye(len(factor.lower))), C)
                 Zt = (C @ inverse.T).T
             gram = gram + to_double(Zt @ Zt.T)
             moment = moment + to_double(Zt @ self._scaled(Y, weight, start, C))
@@ -358,7 +351,7 @@ class NystroemSolver(BaseEstimator):
     def _tiles(
         self, points: Array, X: Array, weight: Matrix | None, *, cache_bytes: float
     ) -> KernelTiles:
-        points = _cast(points, _floating(X[:1]))
+        points = cast_like(points, _floating(X[:1]))
         options = self._options()
 
         def kernel(start: int, stop: int, out: Array | None) -> Array:
@@ -370,10 +363,10 @@ class NystroemSolver(BaseEstimator):
 
     def _scaled(self, Y: Array, weight: Matrix | None, start: int, C: Array) -> Array:
         """Rows of the targets that belong to a tile, times the roots of their weights."""
-        rows = _cast(Y[start : start + len(C)], C)
+        rows = cast_like(Y[start : start + len(C)], C)
         if weight is None:
             return rows
-        return rows * _cast(np.sqrt(weight[start : start + len(C)]), C)[:, None]
+        return rows * cast_like(np.sqrt(weight[start : start + len(C)]), C)[:, None]
 
     def _set_coefficients(self, landmarks: Landmarks, coefficients: Matrix) -> None:
         self._landmarks = landmarks
@@ -387,7 +380,7 @@ class NystroemSolver(BaseEstimator):
         check_is_fitted(self, "dual_coef_")
         X = self._validate_rows(X, reset=False)
         like = _floating(X[:1])
-        points, coefficients = _cast(self.components_, like), _cast(self.dual_coef_, like)
+        points, coefficients = cast_like(self.components_, like), cast_like(self.dual_coef_, like)
         return kernel_matmul(X, points, coefficients, self.kernel, **self._options())
 
     # -------------------------------------------------------------- arguments

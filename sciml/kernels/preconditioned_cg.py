@@ -13,18 +13,16 @@ References
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from sciml.kernels.linear_algebra import to_double, to_numpy
-from sciml.kernels.nystroem import _cast
+from sciml.kernels.arrays import Array, cast_like, to_double, to_numpy
 
 __all__ = ["KernelTiles", "Solution", "preconditioned_cg"]
 
-Array = Any
 Matrix = NDArray[np.float64]
 
 
@@ -143,7 +141,7 @@ class KernelTiles:
                 else:
                     tile = self.kernel(start, stop, self.buffer[: stop - start])
                 if self.scale is not None:
-                    tile *= _cast(self.scale[start:stop], tile)[:, None]
+                    tile *= cast_like(self.scale[start:stop], tile)[:, None]
                 size = tile.shape[0] * tile.shape[1] * tile.itemsize
                 if size <= self.left and self.buffer is None:
                     self.kept[start] = tile
@@ -164,6 +162,6 @@ class KernelTiles:
         total: Array = 0.0
         v: Array = None
         for _, C in self:
-            v = _cast(V, C) if v is None else v
+            v = cast_like(V, C) if v is None else v
             total = total + to_double(C.T @ (C @ v))
         return to_numpy(total)

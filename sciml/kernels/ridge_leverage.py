@@ -10,17 +10,15 @@ References
    guarantees", NeurIPS 2015. arXiv:1411.0306
 """
 
-from typing import Any
-
 import numpy as np
 
 from sciml._check import check_finite, check_interval, check_square
-from sciml.kernels.linear_algebra import add_to_diagonal, array_library, cholesky, solve_lower
+from sciml.kernels.arrays import Array, array_library
+from sciml.kernels.linear_algebra import add_to_diagonal, cholesky, solve_lower
 from sciml.kernels.pairwise import KernelLike, pairwise_kernel
 
 __all__ = ["effective_dimension", "ridge_leverage_scores"]
 
-Array = Any
 _BLOCK = 512
 
 

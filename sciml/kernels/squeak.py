@@ -20,19 +20,12 @@ References
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sciml.kernels.linear_algebra import (
-    add_to_diagonal,
-    array_library,
-    inverse_diagonal,
-    kernel_cholesky,
-    to_double,
-    to_numpy,
-)
+from sciml.kernels.arrays import Array, cast_like, concatenate, take, to_double, to_numpy
+from sciml.kernels.linear_algebra import add_to_diagonal, inverse_diagonal, kernel_cholesky
 
 __all__ = [
     "Dictionary",
@@ -44,7 +37,6 @@ __all__ = [
     "thin",
 ]
 
-Array = Any
 Kernel = Callable[[Array, Array | None], Array]
 
 
@@ -157,7 +149,7 @@ def squeak_scores(
     small ridge would drown in the rounding of float32.
     """
     system = to_double(kernel(to_double(dictionary.points), None)) + 0
-    root = _like(np.sqrt(dictionary.weights), system)
+    root = cast_like(np.sqrt(dictionary.weights), system)
     system *= root[:, None]
     system *= root
     inside = (1 + eps) * ridge if merged else ridge
@@ -209,7 +201,7 @@ def shrink(
     keep = np.flatnonzero(copies)
     return replace(
         dictionary,
-        points=_take(dictionary.points, keep),
+        points=take(dictionary.points, keep),
         indices=dictionary.indices[keep],
         probabilities=probabilities[keep],
         copies=copies[keep],
@@ -279,7 +271,7 @@ def _keep_copies(dictionary: Dictionary, share: float, rng: np.random.RandomStat
     keep = np.flatnonzero(copies)
     return replace(
         dictionary,
-        points=_take(dictionary.points, keep),
+        points=take(dictionary.points, keep),
         indices=dictionary.indices[keep],
         probabilities=dictionary.probabilities[keep],
         copies=copies[keep],
@@ -289,45 +281,10 @@ def _keep_copies(dictionary: Dictionary, share: float, rng: np.random.RandomStat
 
 def _union(a: Dictionary, b: Dictionary, *, n_seen: int) -> Dictionary:
     return Dictionary(
-        _concatenate(a.points, b.points),
+        concatenate([a.points, b.points]),
         np.concatenate([a.indices, b.indices]),
         np.concatenate([a.probabilities, b.probabilities]),
         np.concatenate([a.copies, b.copies]),
         a.budget,
         n_seen,
     )
-
-
-def _concatenate(a: Array, b: Array) -> Array:
-    library = array_library(a)
-    if library == "torch":
-        import torch
-
-        return torch.cat([a, b])
-    if library == "cupy":
-        import cupy
-
-        return cupy.concatenate([a, b])
-    return np.concatenate([a, b])
-
-
-def _take(points: Array, keep: NDArray[np.int64]) -> Array:
-    if array_library(points) == "torch":
-        import torch
-
-        return points[torch.as_tensor(keep, device=points.device)]
-    return points[keep]
-
-
-def _like(values: NDArray[np.float64], array: Array) -> Array:
-    """`values` in the library, dtype and device of `array`."""
-    library = array_library(array)
-    if library == "torch":
-        import torch
-
-        return torch.as_tensor(values, dtype=array.dtype, device=array.device)
-    if library == "cupy":
-        import cupy
-
-        return cupy.asarray(values, dtype=array.dtype)
-    return values.astype(array.dtype)
