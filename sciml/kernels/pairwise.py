@@ -31,6 +31,7 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
+from scipy.linalg import get_blas_funcs
 from sklearn.gaussian_process import kernels as gp
 
 from sciml._check import check_choice, check_finite, check_integer, check_interval, check_shape
@@ -361,7 +362,10 @@ def _fill_as_is(
     norms = _squared_norms(X)
     other_norms = norms if symmetric else _squared_norms(other)
     if name != "laplacian":
-        _namespace(library).matmul(X, other.T, out=out)
+        if symmetric and library == "numpy":
+            _lower_product(X, out)
+        else:
+            _namespace(library).matmul(X, other.T, out=out)
     for rows in _tiles(len(X), max(64, _TILE_ENTRIES // len(other))):
         columns = slice(0, rows.stop if symmetric else len(other))
         if name == "laplacian":
@@ -372,6 +376,13 @@ def _fill_as_is(
             backend.mirror(out, rows)
     if symmetric:
         out.reshape(-1)[:: len(X) + 1] = _diagonal(name, params, norms)
+
+
+def _lower_product(X: Array, out: Array) -> None:
+    """Write the lower triangle of ``X X'`` to `out`, and leave the rest to be mirrored."""
+    syrk = get_blas_funcs("syrk", (X, out))
+    # BLAS counts by columns: its upper triangle of the transpose is ours below the diagonal.
+    syrk(1.0, X.T, trans=1, beta=0.0, c=out.T, overwrite_c=1)
 
 
 def _differentiable(X: Array, Y: Array | None, name: str, params: tuple[Any, ...]) -> Array:
