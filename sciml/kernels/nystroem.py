@@ -62,7 +62,7 @@ __all__ = ["RidgeLeverageNystroem", "merge"]
 
 METHODS = ("squeak", "ink", "bless", "recursive", "exact", "uniform")
 _BLOCK = 256  # arrivals at once, or half the dictionary: there the cost a row is least
-_TILE = 1024  # rows of a kernel tile in transform
+_TILE_ENTRIES = 1 << 23  # of a kernel tile in transform: BLAS likes tall ones
 _STREAM_PARAMETERS = (
     "method",
     "kernel",
@@ -346,9 +346,10 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             components = cast_like(self.components_, X)
             result = empty((len(X), len(normalization)), X)
             # Kernel values of a tile of rows go straight into the product with the map.
-            tile = empty((min(_TILE, len(X)), len(components)), X)
-            for start in range(0, len(X), _TILE):
-                rows = X[start : start + _TILE]
+            height = max(1, _TILE_ENTRIES // len(components))
+            tile = empty((min(height, len(X)), len(components)), X)
+            for start in range(0, len(X), height):
+                rows = X[start : start + height]
                 values = tile[: len(rows)]
                 pairwise_kernel(rows, components, self.kernel, out=values, **self._options())
                 matmul(values, normalization.T, result[start : start + len(rows)])
