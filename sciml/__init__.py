@@ -14,7 +14,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("graphs", "inverse", "kernels", "layerwise", "methods")
+_SUBPACKAGES = ("graphs", "inverse", "kernels", "layerwise", "lm", "methods")
 
 __all__ = ["__version__", *_SUBPACKAGES]
 
