@@ -1,0 +1,68 @@
+"""
+Latent U-Net against InversionNet on small maps
+===============================================
+
+Two networks of about as many parameters learn to predict velocity from shot gathers: the Latent
+U-Net (Gupta et al., ICLR 2025, arXiv:2410.11247), which keeps an image in its middle, and
+InversionNet (Wu & Lin, arXiv:1811.07875), which squeezes everything through one pixel. Both are
+instances of one class, :class:`~sciml.inverse.seismic.GFIModel`.
+
+With a hundred maps and a minute of training neither is near convergence: the figure shows what
+each does with the same budget, not a ranking. ``benchmarks/inverse/compare_gfi.py`` trains longer,
+on more maps and seeds.
+"""
+
+# %%
+# Curved layers on 32 x 32 cells of 20 m, three shots of half a second.
+from functools import partial
+
+import matplotlib.pyplot as plt
+
+from sciml.inverse.seismic import (
+    GFIRegressor,
+    Survey,
+    inversion_net,
+    latent_unet,
+    make_openfwi_like,
+    plot_velocity,
+)
+
+survey = Survey.line(32, n_shots=3, dx=20.0, dt=2e-3, nt=500, peak_frequency=10.0)
+data = make_openfwi_like("curve_vel_a", 180, survey=survey, shape=(32, 32), random_state=0)
+train, test = data.isel(sample=slice(0, 150)), data.isel(sample=slice(150, None))
+
+# %%
+# :class:`~sciml.inverse.seismic.GFIRegressor` scales both sides, trains, keeps the best epoch on a
+# validation share, and predicts in metres a second with the coordinates of its input.
+models = {
+    "Latent U-Net": partial(latent_unet, latent_size=16, width=16, repeats=1),
+    "InversionNet": partial(inversion_net, width=4),
+}
+predicted = {}
+for name, model in models.items():
+    regressor = GFIRegressor(
+        model,
+        epochs=15,
+        batch_size=15,
+        learning_rate=2e-3,
+        halve_every=6,
+        seismic_transform="signed_log",
+    )
+    regressor.fit(train["seismic"], train["velocity"])
+    predicted[name] = regressor.predict(test["seismic"])
+    metrics = regressor.metrics(test["seismic"], test["velocity"])
+    print(f"{name:13s} MAE {metrics['mae_m_s']:.0f} m/s, SSIM {metrics['ssim']:.3f}")
+mean_map = train["velocity"].mean("sample")
+print(f"mean map      MAE {float(abs(mean_map - test['velocity']).mean()):.0f} m/s")
+
+# %%
+fig, axes = plt.subplots(2, 3, figsize=(11, 6))
+for row, sample in zip(axes, (0, 1), strict=True):
+    plot_velocity(test["velocity"][sample], row[0])
+    row[0].set_title("true")
+    for ax, (name, velocity) in zip(row[1:], predicted.items(), strict=True):
+        plot_velocity(velocity[sample], ax)
+        ax.set_title(name)
+fig.tight_layout()
+fig.savefig("latent_unet.png")
+plt.show()
