@@ -29,10 +29,15 @@ from torch_geometric.data import Data
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from sciml.graphs.backprop_export import to_basic_gnn
+from sciml.graphs.checks import (
+    check_graph,
+    check_labels,
+    check_mask,
+    check_node_ids,
+    check_parameters,
+)
 from sciml.graphs.forward_gnn_fit import build_network, read_task, train_network
-from sciml.graphs.graph_checks import check_graph, check_labels, check_mask
-from sciml.graphs.network_setup import same_graph, union_of_graphs
-from sciml.graphs.parameter_checks import check_parameters, node_ids, torch_device
+from sciml.graphs.layer_training import torch_device
 from sciml.graphs.stages import unit_rows
 
 __all__ = ["ForwardGNNClassifier"]
@@ -280,7 +285,7 @@ class ForwardGNNClassifier(ClassifierMixin, BaseEstimator):
         self.n_iter_ = [len(history) for history in histories]
         scores = [[e["val_score"] for e in h if "val_score" in e] for h in histories]
         self.best_val_ = [max(layer) for layer in scores if layer]
-        self._data, self._proba = task.data, proba.cpu().numpy()
+        self._data, self._proba = copy.copy(task.data).cpu(), proba.cpu().numpy()
         return self
 
     def predict(self, X: Any = None) -> np.ndarray:
@@ -311,7 +316,7 @@ class ForwardGNNClassifier(ClassifierMixin, BaseEstimator):
         if X is None:
             return self._proba
         if not isinstance(X, Data):
-            return self._proba[node_ids(X, len(self._proba))]
+            return self._proba[check_node_ids(X, len(self._proba))]
         check_graph(X, warn_directed=False)
         if same_graph(self._data, X):
             return self._proba
@@ -400,3 +405,35 @@ class ForwardGNNClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "network_")
+
+
+def union_of_graphs(first: Data, second: Data) -> Data:
+    """Return one graph of two parts: the nodes of `first`, then those of `second`, unconnected."""
+    if first.num_features != second.num_features:
+        raise ValueError(
+            f"data.x must have {first.num_features} columns as in fit, got {second.num_features}"
+        )
+    union = Data(
+        x=torch.cat([first.x, second.x.to(first.x)]),
+        edge_index=torch.cat(
+            [first.edge_index, second.edge_index.to(first.edge_index) + len(first.x)], 1
+        ),
+    )
+    for key in ("edge_weight", "edge_attr"):
+        parts = [first.get(key), second.get(key)]
+        if (parts[0] is None) != (parts[1] is None):
+            raise ValueError(f"data.{key} must be there exactly if it was there in fit")
+        if parts[0] is not None:
+            union[key] = torch.cat([parts[0], parts[1].to(parts[0])])
+    return union
+
+
+def same_graph(first: Data, second: Data) -> bool:
+    """Tell whether two graphs have the same features and edges."""
+    for key in ("x", "edge_index", "edge_weight", "edge_attr"):
+        a, b = first.get(key), second.get(key)
+        if (a is None) != (b is None):
+            return False
+        if a is not None and not (a is b or (a.shape == b.shape and torch.equal(a, b.to(a)))):
+            return False
+    return True

@@ -10,19 +10,17 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from sciml._check import check_shape
+from sciml.graphs.checks import TOP_DOWN, check_graph, check_labels, check_mask, check_node_ids
 from sciml.graphs.class_nodes import (
     class_edges,
     draw_class_features,
     draw_wrong_labels,
 )
 from sciml.graphs.forward_forward import ClassNodeFFGNN, ForwardForwardTraining, LabelFFGNN
-from sciml.graphs.graph_checks import check_graph, check_labels, check_mask
-from sciml.graphs.layer_training import train_layers
-from sciml.graphs.network_setup import layer_widths, make_stages
-from sciml.graphs.parameter_checks import TOP_DOWN, derived_seed, node_ids
+from sciml.graphs.layer_training import derived_seed, train_layers
 from sciml.graphs.single_forward import ClassNodeGNN, SingleForwardGNN, SingleForwardTraining
-from sciml.graphs.top_down import StageRunner, TopToInputGNN, TopToLossGNN
-from sciml.graphs.top_down_training import train_top_down
+from sciml.graphs.stages import layer_widths, make_stages
+from sciml.graphs.top_down import StageRunner, TopToInputGNN, TopToLossGNN, train_top_down
 
 if TYPE_CHECKING:
     from sciml.graphs.forward_gnn import ForwardGNNClassifier
@@ -91,7 +89,7 @@ def _uses_edge_attr(estimator: "ForwardGNNClassifier") -> bool:
 def _read_ids(
     estimator: "ForwardGNNClassifier", X: Any, y: Any, n_nodes: int, rng: np.random.RandomState
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
-    ids = node_ids(X, n_nodes)
+    ids = check_node_ids(X, n_nodes)
     if y is None:
         raise ValueError("y is missing: ids of nodes need their classes")
     y = np.asarray(y)
@@ -271,6 +269,8 @@ def train_network(
         "sum of features": float(data.x.double().sum()),
         "sum of training nodes": int(task.train.sum()),
         "temperature": estimator.temperature,
+        "theta": estimator.theta,
+        "grad_clip": estimator.grad_clip,
         "class_edges": estimator.class_edges,
         "append_label": estimator.append_label,
         "seed": seed,
@@ -307,6 +307,7 @@ def _train_top_down(
     run = StageRunner(network.stages, full, fixed, cache)
     nodes, labels = network.train_nodes, network.train_labels
 
+    @torch.no_grad()
     def score() -> float:
         predicted = network.layer_proba(fixed, run).sum(0)[held_out[0]].argmax(1)
         return (predicted == held_out[1]).float().mean().item()

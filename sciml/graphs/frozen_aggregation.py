@@ -21,8 +21,13 @@ from torch_geometric.nn import EdgeConv, GATConv, GATv2Conv, GCNConv, GINConv, P
 from torch_geometric.nn.conv import GraphConv
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
-from sciml.graphs.sparse_features import FactoredRows, factor_product
-from sciml.graphs.sparse_rows import SparseRows, entries_of_rows, row_starts
+from sciml.graphs.sparse_matrices import (
+    FactoredRows,
+    SparseRows,
+    entries_of_rows,
+    factor_product,
+    row_starts,
+)
 from sciml.graphs.stages import GraphStage
 
 Table = Tensor | FactoredRows

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -18,7 +19,7 @@ from sciml._checkpoint import load_checkpoint, save_checkpoint
 from sciml.graphs.stages import GraphStage
 from sciml.layerwise import train_locally
 
-__all__ = ["LayerTask", "SharedBatches", "train_layers"]
+__all__ = ["LayerTask", "SharedBatches", "derived_seed", "torch_device", "train_layers"]
 
 
 class LayerTask(Protocol):
@@ -80,6 +81,18 @@ def sum_over_processes(loss: Tensor) -> Tensor:
     return loss + (total - loss.detach())
 
 
+def derived_seed(seed: int, use: int) -> int:
+    """Return a seed for one of several uses, so that their draws are independent."""
+    return int(np.random.SeedSequence(seed).generate_state(use + 1)[use])
+
+
+def torch_device(device: str) -> torch.device:
+    """Return the device of that name; "auto" is CUDA if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
 def train_layers(
     task: LayerTask,
     *,
@@ -115,7 +128,7 @@ def train_layers(
     grad_clip : float or None
         Largest norm of a layer's gradient.
     seed : int
-        Draws the order of the minibatches.
+        Draws the order of the minibatches and dropout; torch's global generators are seeded by it.
     verbose : int
         Show progress if positive.
     checkpoint_dir, resume_from : path or None
@@ -131,6 +144,10 @@ def train_layers(
     histories = []
     for layer, stage in enumerate(task.stages):
         task.prepare(layer)
+        # Dropout draws from the global generator; so it does the same after a resumption.
+        torch.manual_seed(seed + layer)
+        one_line = " ".join(str(stage).split())
+        fingerprint = {**fingerprint, "stage": one_line, "batch_size": batch_size}
         done = None if resume_from is None else load_layer(resume_from, layer, fingerprint)
         if done is not None:
             state, history = done
@@ -151,7 +168,7 @@ def train_layers(
         task.freeze()
         histories.append(history)
         if checkpoint_dir is not None and process_rank()[0] == 0:
-            metadata = {"fingerprint": dict(fingerprint), "history": history}
+            metadata = {"fingerprint": fingerprint, "history": history}
             save_checkpoint(layer_path(checkpoint_dir, layer), stage.state_dict(), metadata)
     return histories
 

@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch_geometric.data import Data
 
+from sciml._check import check_shape
+from sciml.graphs.checks import check_pairs
 from sciml.graphs.forward_forward import ff_loss, goodness
 from sciml.graphs.frozen_aggregation import FixedGraph, FrozenInput
 from sciml.graphs.stages import GraphStage, unit_rows
-from sciml.graphs.top_down import StageRunner, top_down_step
+from sciml.graphs.top_down import StageRunner, time_step
 
-__all__ = ["LinkGNN", "LinkTraining", "TopDownLinkGNN", "link_loss", "link_scores"]
+__all__ = [
+    "LinkGNN",
+    "LinkTraining",
+    "TopDownLinkGNN",
+    "labelled_pairs",
+    "link_loss",
+    "link_scores",
+]
 
 
 def link_scores(z: Tensor, pairs: Tensor, objective: str, theta: float) -> Tensor:
@@ -166,7 +176,7 @@ class TopDownLinkGNN(nn.Module):
         states = self.start(fixed, run)
         total = states[0].new_zeros(pairs.shape[1])
         for step in range(self.eval_steps):
-            embeddings = top_down_step(self, states, run)
+            embeddings = time_step(self, states, run)
             if step >= self.eval_burn_in:
                 for z in embeddings:
                     total = total + link_scores(z, pairs, self.objective, self.theta)
@@ -269,3 +279,26 @@ class LinkTraining:
             self.frozen_scores += self._validation_scores(self.h_validation)
             del self.validation_input
         del self.input
+
+
+def labelled_pairs(
+    name: str, data: Data, device: torch.device
+) -> tuple[Tensor, FixedGraph, Tensor, Tensor]:
+    """Return features, graph, pairs and whether they are linked, or raise."""
+    pairs, labels = data.get("edge_label_index"), data.get("edge_label")
+    if pairs is None or labels is None:
+        raise ValueError(
+            f"{name} must have edge_label_index and edge_label, as "
+            "torch_geometric.transforms.RandomLinkSplit makes them"
+        )
+    check_pairs(f"{name}.edge_label_index", pairs, len(data.x))
+    check_shape(f"{name}.edge_label", labels, (pairs.shape[1],))
+    values = set(labels.unique().tolist())
+    if values != {0, 1}:
+        raise ValueError(f"{name}.edge_label must hold 0 and 1, both, got {sorted(values)}")
+    weight, attr = (
+        value if value is None else value.to(device)
+        for value in (data.get("edge_weight"), data.get("edge_attr"))
+    )
+    graph = FixedGraph(data.edge_index.to(device), len(data.x), weight, attr)
+    return data.x.detach().to(device), graph, pairs.to(device), (labels == 1).to(device)

@@ -30,14 +30,17 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from sciml._check import check_choice, check_integer
-from sciml.graphs.graph_checks import check_graph, check_pairs, labelled_pairs
-from sciml.graphs.layer_training import train_layers
-from sciml.graphs.link_networks import LinkGNN, LinkTraining, TopDownLinkGNN, link_loss
-from sciml.graphs.network_setup import layer_widths, make_stages
-from sciml.graphs.parameter_checks import check_training_parameters, derived_seed, torch_device
-from sciml.graphs.stages import has_fixed_widths, unit_rows
-from sciml.graphs.top_down import StageRunner
-from sciml.graphs.top_down_training import train_top_down
+from sciml.graphs.checks import check_graph, check_pairs, check_training_parameters
+from sciml.graphs.layer_training import derived_seed, torch_device, train_layers
+from sciml.graphs.link_networks import (
+    LinkGNN,
+    LinkTraining,
+    TopDownLinkGNN,
+    labelled_pairs,
+    link_loss,
+)
+from sciml.graphs.stages import has_fixed_widths, layer_widths, make_stages, unit_rows
+from sciml.graphs.top_down import StageRunner, train_top_down
 
 __all__ = ["ForwardGNNLinkPredictor"]
 
@@ -244,14 +247,10 @@ class ForwardGNNLinkPredictor(BaseEstimator):
             )
         self.network_.eval()
         with torch.no_grad():
-            scores = self.network_(
-                data.x,
-                data.edge_index,
-                edge_label_index,
-                data.get("edge_weight"),
-                data.get("edge_attr"),
-            )
-        return scores.cpu().numpy()
+            graph = (data.x, data.edge_index, edge_label_index)
+            weights = (data.get("edge_weight"), data.get("edge_attr"))
+            scores = self.network_(*(None if t is None else t.cpu() for t in (*graph, *weights)))
+        return scores.numpy()
 
     def score(self, X: Data, y: Any = None) -> float:
         """Return the area under the ROC curve on the pairs of a graph.
@@ -269,7 +268,8 @@ class ForwardGNNLinkPredictor(BaseEstimator):
         """
         scores = self.decision_function(X, X.edge_label_index)
         labels = X.edge_label if y is None else y
-        return float(roc_auc_score(np.asarray(labels), scores))
+        labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+        return float(roc_auc_score(labels, scores))
 
     def export(self) -> nn.Module:
         """Return the trained network as an ordinary PyG module.
@@ -358,6 +358,8 @@ class ForwardGNNLinkPredictor(BaseEstimator):
         )
         fingerprint = settings | {
             "objective": self.objective,
+            "theta": self.theta,
+            "grad_clip": self.grad_clip,
             "nodes": len(x),
             "pairs": int(pairs.sum()),
             "sum of features": float(x.double().sum()),
@@ -386,6 +388,7 @@ class ForwardGNNLinkPredictor(BaseEstimator):
             fixed_there = (unit_rows(validation[0]),)
             there = StageRunner(network.stages, validation[1], fixed_there, self.cache_aggregation)
 
+        @torch.no_grad()
         def score() -> float:
             scores = network.scores(fixed_there, there, validation[2])
             return float(roc_auc_score(validation[3].cpu(), scores.cpu()))

@@ -16,8 +16,8 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.transforms import BaseTransform
 
 from sciml._check import check_integer
-from sciml.graphs.graph_checks import check_graph
-from sciml.graphs.sparse_rows import SparseRows
+from sciml.graphs.checks import check_graph
+from sciml.graphs.sparse_matrices import SparseRows
 
 __all__ = ["SmoothFeatures"]
 

@@ -13,7 +13,7 @@ References
 Park et al., "Forward Learning of Graph Neural Networks", ICLR 2024, arXiv:2403.11004.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +23,16 @@ from sciml.graphs.class_nodes import append_labels
 from sciml.graphs.frozen_aggregation import FixedGraph, aggregate, aggregates_once, transform
 from sciml.graphs.single_forward import ClassNodeGNN, class_logits
 from sciml.graphs.stages import GraphStage, unit_rows
+from sciml.layerwise import train_locally
 
-__all__ = ["StageRunner", "TopDownNetwork", "TopToInputGNN", "TopToLossGNN", "top_down_step"]
+__all__ = [
+    "StageRunner",
+    "TopDownNetwork",
+    "TopToInputGNN",
+    "TopToLossGNN",
+    "time_step",
+    "train_top_down",
+]
 
 
 class StageRunner:
@@ -229,14 +237,14 @@ class TopToInputGNN(ClassNodeGNN):
     def groups(self) -> list[list[int]]:
         """Layers that are updated together, group after group."""
         layers = list(range(len(self.stages)))
-        return [layers[::2], layers[1::2]] if self.alternating else [layers]
+        return [g for g in (layers[::2], layers[1::2]) if g] if self.alternating else [layers]
 
     def layer_proba(self, fixed: tuple[Tensor, ...], run: StageRunner) -> Tensor:
         """Return the mean softmaxes of all layers, shape (n_layers, n_nodes, n_classes)."""
         states = self.start(fixed, run)
         proba = torch.zeros(())
         for step in range(self.eval_steps):
-            logits = top_down_step(self, states, run)
+            logits = time_step(self, states, run)
             if step >= self.eval_burn_in:
                 proba = torch.stack([z.softmax(1) for z in logits]) + proba.to(logits[0])
         return proba / (self.eval_steps - self.eval_burn_in)
@@ -279,52 +287,101 @@ class TopDownNetwork(Protocol):
     def state(self, output: Tensor) -> Tensor:
         """Return the state that an output becomes."""
 
-    def train(self, mode: bool = True) -> Any:
-        """Set training mode."""
 
-    def eval(self) -> Any:
-        """Set evaluation mode."""
+def group_step(
+    network: TopDownNetwork, group: list[int], states: list[Tensor], run: StageRunner
+) -> Iterator[Tensor]:
+    """Yield the logits of the layers of a group, then replace their states in place.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return parameters and buffers."""
+    A layer may be updated between its logits and the next: its state becomes the output that it had
+    before, and the layers of a group read the states that were there before all of them.
+    """
+    outputs = []
+    for layer in group:
+        output = network.output(states, layer, run)
+        outputs.append(output.detach())
+        yield network.logits(output, states, layer)
+    for layer, output in zip(group, outputs, strict=True):
+        states[layer + 1] = network.state(output)
 
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Set parameters and buffers."""
 
-
-def top_down_step(
-    network: TopDownNetwork,
-    states: list[Tensor],
-    run: StageRunner,
-    learn: Callable[[int, Tensor], None] | None = None,
-) -> list[Tensor]:
-    """Let every layer compute, and learn, from the newest states; replace the states in place.
-
-    Parameters
-    ----------
-    network : TopDownNetwork
-    states : list of Tensor
-        Detached; entry j + 1 is that of layer j. The new states are the outputs from before
-        the update.
-    run : StageRunner
-    learn : callable, optional
-        ``learn(layer, logits)`` updates the layer by its loss. None learns nothing.
+@torch.no_grad()
+def time_step(network: TopDownNetwork, states: list[Tensor], run: StageRunner) -> list[Tensor]:
+    """Let all layers compute once from the newest states, which are replaced in place.
 
     Returns
     -------
     list of Tensor
-        The detached logits of the layers.
+        The logits of the layers.
     """
     logits: list[Tensor] = [torch.empty(0)] * len(network.stages)
     for group in network.groups:
-        outputs = {}
-        for layer in group:
-            output = network.output(states, layer, run)
-            z = network.logits(output, states, layer)
-            if learn is not None:
-                learn(layer, z)
-            outputs[layer], logits[layer] = output.detach(), z.detach()
-        # Only now: the layers of a group read the states from before it.
-        for layer, output in outputs.items():
-            states[layer + 1] = network.state(output)
+        for layer, z in zip(group, group_step(network, group, states, run), strict=True):
+            logits[layer] = z
     return logits
+
+
+def train_top_down(
+    network: Any,
+    fixed: tuple[Tensor, ...],
+    run: StageRunner,
+    loss: Callable[[Tensor], Tensor],
+    score: Callable[[], float],
+    *,
+    lr: float,
+    weight_decay: float,
+    max_epochs: int,
+    val_every: int,
+    patience: int | None,
+    grad_clip: float | None,
+    verbose: int,
+) -> list[dict[str, float]]:
+    """Train all layers of a network together, each by its own loss: an epoch is a time step.
+
+    Parameters
+    ----------
+    network : TopDownNetwork and torch.nn.Module
+        Trained in place; the best state is restored, and evaluation mode set.
+    fixed : tuple of Tensor
+        What `network.fixed_inputs` returned.
+    run : StageRunner
+        Runs the stages on the training graph.
+    loss : callable
+        Of what a layer predicts, as `network.logits` returns it.
+    score : callable
+        Validation score; larger is better. The network is in evaluation mode.
+    lr, weight_decay, max_epochs, val_every, patience, grad_clip, verbose
+        As in `ForwardGNNClassifier`.
+
+    Returns
+    -------
+    list of dict
+        As `sciml.layerwise.train_locally` returns it; the loss is the mean over the layers.
+    """
+    network.eval()
+    with torch.no_grad():
+        states = network.start(fixed, run)
+
+    def losses(_: nn.Module, group: list[int]) -> Iterator[Tensor]:
+        logits = group_step(network, group, states, run)
+        for layer, z in zip(group, logits, strict=True):
+            yield loss(z)
+            # The gradient of this layer is there now; every layer is clipped by itself.
+            if grad_clip is not None:
+                nn.utils.clip_grad_norm_(network.stages[layer].parameters(), grad_clip)
+
+    # Adam passes over parameters without a gradient, so that one of them serves as one per layer.
+    history = train_locally(
+        network,
+        losses,
+        network.groups,
+        optimizer=torch.optim.Adam(network.parameters(), lr=lr, weight_decay=weight_decay),
+        max_epochs=max_epochs,
+        validate=None if patience is None else lambda _: score(),
+        val_every=val_every,
+        n_iter_no_change=patience,
+        progress="all layers" if verbose else None,
+    )
+    for entry in history:
+        entry["loss"] *= len(network.groups) / len(network.stages)
+    return history

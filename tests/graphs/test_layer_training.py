@@ -34,10 +34,14 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["sf", "ff_virtual"])
-def test_interrupted_training_resumes_to_the_same_network(tmp_path, method, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "sf"}, {"method": "ff_virtual"}, {"model_kwargs": {"dropout": 0.5}}],
+    ids=["sf", "ff_virtual", "dropout"],
+)
+def test_interrupted_training_resumes_to_the_same_network(tmp_path, options, monkeypatch):
     data = digits_graph()
-    whole = model(method=method).fit(data)
+    whole = model(**options).fit(data)
     from sciml.graphs import layer_training
 
     save, saved = layer_training.save_checkpoint, []
@@ -50,11 +54,11 @@ def test_interrupted_training_resumes_to_the_same_network(tmp_path, method, monk
 
     monkeypatch.setattr(layer_training, "save_checkpoint", save_two)
     with pytest.raises(Interrupted):
-        model(method=method, checkpoint_dir=tmp_path).fit(data)
+        model(**options, checkpoint_dir=tmp_path).fit(data)
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path)) == ["layer_1.safetensors", "layer_2.safetensors"]
     stamps = [(tmp_path / name).stat().st_mtime_ns for name in saved]
-    resumed = model(method=method, resume_from=tmp_path).fit(data)
+    resumed = model(**options, resume_from=tmp_path).fit(data)
     np.testing.assert_array_equal(resumed.predict_proba(), whole.predict_proba())
     assert resumed.history_ == whole.history_
     assert stamps == [(tmp_path / name).stat().st_mtime_ns for name in saved]
@@ -67,6 +71,10 @@ def test_layers_of_another_training_are_refused(tmp_path):
         model(resume_from=tmp_path, lr=0.01).fit(data)
     with pytest.raises(ValueError, match="seed"):
         model(resume_from=tmp_path, random_state=1).fit(data)
+    with pytest.raises(ValueError, match="stage .*64, 8.* then, .*64, 9.* now"):
+        model(resume_from=tmp_path, hidden_channels=9).fit(data)
+    with pytest.raises(ValueError, match="batch_size \\(None then, 5 now\\)"):
+        model(resume_from=tmp_path, batch_size=5).fit(data)
 
 
 def test_shares_of_a_batch_are_disjoint_and_complete(monkeypatch):

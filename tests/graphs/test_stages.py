@@ -24,8 +24,7 @@ from torch_geometric.nn import (
 )
 
 from sciml.graphs.frozen_aggregation import FixedGraph, FrozenInput, aggregates_once
-from sciml.graphs.network_setup import initialise_stages
-from sciml.graphs.stages import GraphStage, stages_from_model, unit_rows
+from sciml.graphs.stages import GraphStage, initialise_stages, stages_from_model, unit_rows
 
 N, F, H = 30, 7, 8
 GENERATOR = torch.Generator().manual_seed(0)
@@ -216,7 +215,7 @@ def test_every_way_to_run_a_layer_gives_the_same(name, weighted, sparse):
                 frozen.output(batch_size=7), stage(x, edges, weight).detach()
             )
     if sparse:
-        from sciml.graphs.sparse_features import FactoredRows
+        from sciml.graphs.sparse_matrices import FactoredRows
 
         assert isinstance(
             FrozenInput(stage, x, FixedGraph(edges, N, weight)).aggregated[0], FactoredRows

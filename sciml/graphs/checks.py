@@ -1,17 +1,34 @@
-"""Check graphs, masks and labels, and say what is wrong with them."""
+"""Check graphs, masks, labels and the estimators' parameters, and say what is wrong with them."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from sciml._check import check_finite, check_shape
-from sciml.graphs.frozen_aggregation import FixedGraph
+from sciml._check import check_choice, check_finite, check_integer, check_interval, check_shape
+from sciml.graphs.class_nodes import DIRECTIONS
+from sciml.graphs.stages import has_fixed_widths
 
-__all__ = ["check_graph", "check_labels", "check_mask", "check_pairs", "labelled_pairs"]
+if TYPE_CHECKING:
+    from sciml.graphs.forward_gnn import ForwardGNNClassifier
+
+__all__ = [
+    "TOP_DOWN",
+    "check_graph",
+    "check_labels",
+    "check_mask",
+    "check_node_ids",
+    "check_pairs",
+    "check_parameters",
+    "check_training_parameters",
+]
+
+TOP_DOWN = ("sf_top_to_loss", "sf_top_to_input")
+FORWARD_FORWARD = ("ff_label", "ff_virtual")
+METHODS = ("sf", *TOP_DOWN, *FORWARD_FORWARD)
 
 
 def check_graph(data: Any, *, name: str = "data", warn_directed: bool = True) -> None:
@@ -120,24 +137,68 @@ def check_pairs(name: str, pairs: Any, n_nodes: int) -> None:
         )
 
 
-def labelled_pairs(
-    name: str, data: Data, device: torch.device
-) -> tuple[Tensor, FixedGraph, Tensor, Tensor]:
-    """Return features, graph, pairs and whether they are linked, or raise."""
-    pairs, labels = data.get("edge_label_index"), data.get("edge_label")
-    if pairs is None or labels is None:
+def check_node_ids(X: Any, n_nodes: int) -> np.ndarray:
+    """Return node ids as an integer ndarray of shape (n,), or raise."""
+    ids = np.asarray(X)
+    if ids.ndim == 2 and ids.shape[1] == 1:
+        ids = ids[:, 0]
+    check_shape("X", ids, (None,))
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"X must be a Data or integer node ids, got dtype {ids.dtype}")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < n_nodes:
         raise ValueError(
-            f"{name} must have edge_label_index and edge_label, as "
-            "torch_geometric.transforms.RandomLinkSplit makes them"
+            f"X must hold node ids in 0, ..., {n_nodes - 1}, got {ids.min()} to {ids.max()}"
         )
-    check_pairs(f"{name}.edge_label_index", pairs, len(data.x))
-    check_shape(f"{name}.edge_label", labels, (pairs.shape[1],))
-    values = set(labels.unique().tolist())
-    if values != {0, 1}:
-        raise ValueError(f"{name}.edge_label must hold 0 and 1, both, got {sorted(values)}")
-    weight, attr = (
-        value if value is None else value.to(device)
-        for value in (data.get("edge_weight"), data.get("edge_attr"))
-    )
-    graph = FixedGraph(data.edge_index.to(device), len(data.x), weight, attr)
-    return data.x.detach().to(device), graph, pairs.to(device), (labels == 1).to(device)
+    return ids
+
+
+def check_parameters(estimator: "ForwardGNNClassifier") -> None:
+    """Raise unless the parameters are in range and fit each other."""
+    check_training_parameters(estimator)
+    check_interval("weight_decay", estimator.weight_decay, 0, np.inf, closed="left")
+    check_choice("method", estimator.method, METHODS)
+    check_choice("class_edges", estimator.class_edges, DIRECTIONS)
+    check_choice("append_label", estimator.append_label, (None, "input", "all"))
+    check_interval("temperature", estimator.temperature, 0, np.inf, closed="neither")
+    check_integer("eval_steps", estimator.eval_steps, 1)
+    check_integer("eval_burn_in", estimator.eval_burn_in, 0, estimator.eval_steps - 1)
+    check_interval("validation_fraction", estimator.validation_fraction, 0, 1, closed="neither")
+    if estimator.num_negatives is not None:
+        check_integer("num_negatives", estimator.num_negatives, 1)
+    if estimator.class_edge_attr is not None:
+        check_interval("class_edge_attr", estimator.class_edge_attr)
+    if estimator.append_label == "all" and estimator.method != "sf":
+        raise ValueError(f"append_label='all' needs method='sf', got {estimator.method!r}")
+    if estimator.append_label is not None and estimator.method in FORWARD_FORWARD:
+        raise ValueError(
+            f"append_label must be None with method={estimator.method!r}, which shows labels in "
+            f"its own way, got {estimator.append_label!r}"
+        )
+    if estimator.method in TOP_DOWN:
+        for name in ("batch_size", "checkpoint_dir", "resume_from"):
+            if getattr(estimator, name) is not None:
+                raise ValueError(
+                    f"{name} must be None with method={estimator.method!r}, which trains all "
+                    f"layers together on the whole graph, got {getattr(estimator, name)!r}"
+                )
+    if estimator.method == "sf_top_to_input" and has_fixed_widths(estimator.model):
+        raise ValueError(
+            "model must be a zoo name, a class or a callable with method='sf_top_to_input', whose "
+            f"layers read two states at once, got {type(estimator.model).__name__}"
+        )
+
+
+def check_training_parameters(estimator: Any) -> None:
+    """Raise unless the parameters of the optimisation are in range."""
+    check_interval("theta", estimator.theta, -np.inf, np.inf, closed="neither")
+    check_interval("lr", estimator.lr, 0, np.inf, closed="neither")
+    if estimator.weight_decay is not None:
+        check_interval("weight_decay", estimator.weight_decay, 0, np.inf, closed="left")
+    check_integer("max_epochs", estimator.max_epochs, 0)
+    check_integer("val_every", estimator.val_every, 1)
+    if estimator.patience is not None:
+        check_integer("patience", estimator.patience, 1)
+    if estimator.grad_clip is not None:
+        check_interval("grad_clip", estimator.grad_clip, 0, np.inf, closed="neither")
+    if estimator.batch_size is not None:
+        check_integer("batch_size", estimator.batch_size, 1)
