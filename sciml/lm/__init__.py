@@ -3,6 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .byte_language_model import (
+    byte_language_model,
+    byte_perplexity,
+    decode_bytes,
+    encode_bytes,
+    english_text,
+    train_byte_language_model,
+)
 from .calibration import (
     aurc,
     eaurc,
@@ -10,6 +18,7 @@ from .calibration import (
     negative_log_likelihood,
 )
 from .chipo import chi2_optimal_policy, chipo_inverse_link, chipo_link, chipo_loss
+from .distillation import Distiller, PromptWeighting
 from .distribution_matching import (
     RunningPartition,
     best_of_n_kl,
@@ -33,10 +42,26 @@ from .divergences import (
     token_kl,
     top_k_log_probs,
 )
+from .eksft import EKSFTMask, eksft_loss, eksft_mask
 from .length_curriculum import EntropyGatedLengthCurriculum
 from .moment_constraints import (
     fit_moment_coefficients,
 )
+from .prediction_store import (
+    PredictionStore,
+)
+from .pskd import (
+    ProgressiveSelfKDLoss,
+    ProgressiveSelfKDTokenLoss,
+    linear_alpha,
+    pskd_loss,
+    pskd_token_loss,
+    top_k_predictions,
+)
+from .pskd_classifier import (
+    PSKDClassifier,
+)
+from .response_batch import DistillationBatch
 from .scaling_laws import Chinchilla, DataConstrained, SoftQ
 from .token_reduction import (
     next_token_labels,
@@ -68,20 +93,35 @@ __all__ = [
     "ChiPOTrainer",
     "Chinchilla",
     "DataConstrained",
+    "DistillationBatch",
+    "Distiller",
+    "EKSFTMask",
     "EntropyGatedLengthCurriculum",
     "HiddenLogits",
+    "PSKDClassifier",
+    "PredictionStore",
+    "ProgressiveSelfKDLoss",
+    "ProgressiveSelfKDTokenLoss",
+    "PromptWeighting",
     "RunningPartition",
     "SoftQ",
     "TopKLogProbs",
     "aurc",
     "best_of_n_kl",
+    "byte_language_model",
+    "byte_perplexity",
     "chi2_optimal_policy",
     "chipo_inverse_link",
     "chipo_link",
     "chipo_loss",
     "combine",
+    "decode_bytes",
     "eaurc",
     "effective_sample_size",
+    "eksft_loss",
+    "eksft_mask",
+    "encode_bytes",
+    "english_text",
     "entropy",
     "estimate_kl",
     "estimate_tv",
@@ -93,11 +133,14 @@ __all__ = [
     "generalized_jsd",
     "kl_rl_loss",
     "label_logp",
+    "linear_alpha",
     "log_partition",
     "log_sum_exp",
     "mixed_kl",
     "negative_log_likelihood",
     "next_token_labels",
+    "pskd_loss",
+    "pskd_token_loss",
     "quasi_rejection_accept",
     "reduce_rows",
     "reduce_tokens",
@@ -115,6 +158,8 @@ __all__ = [
     "token_logps",
     "token_weights",
     "top_k_log_probs",
+    "top_k_predictions",
+    "train_byte_language_model",
 ]
 
 # Trainers of the extra `trl`, whose import takes seconds: loaded when first named.
