@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from .byte_language_model import (
     byte_language_model,
-    byte_perplexity,
     decode_bytes,
     encode_bytes,
     english_text,
+    perplexity,
     train_byte_language_model,
 )
 from .calibration import (
@@ -35,6 +35,7 @@ from .distribution_matching import (
 )
 from .divergences import (
     TopKLogProbs,
+    adaptive_kl,
     generalized_jsd,
     mixed_kl,
     sampled_reverse_kl,
@@ -42,10 +43,25 @@ from .divergences import (
     token_kl,
     top_k_log_probs,
 )
-from .eksft import EKSFTMask, eksft_loss, eksft_mask
+from .eksft import EKSFTMask, EKSFTTrainerMixin, eksft_loss, eksft_mask
 from .length_curriculum import EntropyGatedLengthCurriculum
+from .lfu import LfURegularizer, LfUTrainerMixin, consistency_loss
 from .moment_constraints import (
     fit_moment_coefficients,
+)
+from .paced import (
+    GradientSNR,
+    PassRateEstimator,
+    PassRateWeighting,
+    TwoStageKL,
+    beta_kernel_weights,
+    exact_match,
+    gradient_snr,
+    hard_filter_weights,
+    numeric_match,
+    paced_loss,
+    plot_gradient_snr,
+    weighting_efficiency,
 )
 from .prediction_store import (
     PredictionStore,
@@ -61,8 +77,17 @@ from .pskd import (
 from .pskd_classifier import (
     PSKDClassifier,
 )
+from .reference_model import (
+    precompute_reference_logps,
+    reference,
+    unwrap_model,
+)
 from .response_batch import DistillationBatch
 from .scaling_laws import Chinchilla, DataConstrained, SoftQ
+from .smollm2 import (
+    load_smollm2,
+    smollm2_cache,
+)
 from .token_reduction import (
     next_token_labels,
     reduce_tokens,
@@ -70,6 +95,11 @@ from .token_reduction import (
     supervised_labels,
     token_logps,
     token_weights,
+)
+from .trainer_losses import (
+    ReferenceLossMixin,
+    as_compute_loss_func,
+    hidden_logits,
 )
 from .vocabulary_rows import (
     HiddenLogits,
@@ -96,25 +126,36 @@ __all__ = [
     "DistillationBatch",
     "Distiller",
     "EKSFTMask",
+    "EKSFTTrainerMixin",
     "EntropyGatedLengthCurriculum",
+    "GradientSNR",
     "HiddenLogits",
+    "LfURegularizer",
+    "LfUTrainerMixin",
     "PSKDClassifier",
+    "PassRateEstimator",
+    "PassRateWeighting",
     "PredictionStore",
     "ProgressiveSelfKDLoss",
     "ProgressiveSelfKDTokenLoss",
     "PromptWeighting",
+    "ReferenceLossMixin",
     "RunningPartition",
     "SoftQ",
     "TopKLogProbs",
+    "TwoStageKL",
+    "adaptive_kl",
+    "as_compute_loss_func",
     "aurc",
     "best_of_n_kl",
+    "beta_kernel_weights",
     "byte_language_model",
-    "byte_perplexity",
     "chi2_optimal_policy",
     "chipo_inverse_link",
     "chipo_link",
     "chipo_loss",
     "combine",
+    "consistency_loss",
     "decode_bytes",
     "eaurc",
     "effective_sample_size",
@@ -125,30 +166,42 @@ __all__ = [
     "entropy",
     "estimate_kl",
     "estimate_tv",
+    "exact_match",
     "expected_calibration_error",
     "fdpg_loss",
     "fdpg_weights",
     "fit_moment_coefficients",
     "forward_kl",
     "generalized_jsd",
+    "gradient_snr",
+    "hard_filter_weights",
+    "hidden_logits",
     "kl_rl_loss",
     "label_logp",
     "linear_alpha",
+    "load_smollm2",
     "log_partition",
     "log_sum_exp",
     "mixed_kl",
     "negative_log_likelihood",
     "next_token_labels",
+    "numeric_match",
+    "paced_loss",
+    "perplexity",
+    "plot_gradient_snr",
+    "precompute_reference_logps",
     "pskd_loss",
     "pskd_token_loss",
     "quasi_rejection_accept",
     "reduce_rows",
     "reduce_tokens",
+    "reference",
     "reinforce_loss",
     "reverse_kl",
     "sampled_reverse_kl",
     "sampled_reverse_kl_from_logps",
     "sequence_logps",
+    "smollm2_cache",
     "softmax_pullback",
     "sum_rows",
     "supervised_labels",
@@ -160,6 +213,8 @@ __all__ = [
     "top_k_log_probs",
     "top_k_predictions",
     "train_byte_language_model",
+    "unwrap_model",
+    "weighting_efficiency",
 ]
 
 # Trainers of the extra `trl`, whose import takes seconds: loaded when first named.

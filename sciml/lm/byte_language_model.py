@@ -23,10 +23,10 @@ __all__ = [
     "EOS",
     "PAD",
     "byte_language_model",
-    "byte_perplexity",
     "decode_bytes",
     "encode_bytes",
     "english_text",
+    "perplexity",
     "train_byte_language_model",
 ]
 
@@ -223,7 +223,7 @@ def train_byte_language_model(
 
 
 @torch.no_grad()
-def byte_perplexity(
+def perplexity(
     model: torch.nn.Module, text: str | Tensor, *, length: int = 128, batch_size: int = 16
 ) -> float:
     """Exponential of the mean negative log-likelihood over a text cut into windows.

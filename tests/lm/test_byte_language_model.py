@@ -5,10 +5,10 @@ import torch
 
 from sciml.lm import (
     byte_language_model,
-    byte_perplexity,
     decode_bytes,
     encode_bytes,
     english_text,
+    perplexity,
     train_byte_language_model,
 )
 
@@ -48,20 +48,20 @@ def test_training_learns_and_repeats():
         runs.append((losses, model))
     assert runs[0][0] == runs[1][0]
     assert runs[0][0][0] > 4.5
-    perplexity = byte_perplexity(runs[0][1], text, length=16)
-    assert math.log(perplexity) < 0.2
+    value = perplexity(runs[0][1], text, length=16)
+    assert math.log(value) < 0.2
     assert not runs[0][1].training
 
 
 def test_untrained_perplexity_is_about_the_vocabulary():
-    assert byte_perplexity(byte_language_model(32, 1, 2), english_text()[:4000]) == pytest.approx(
+    assert perplexity(byte_language_model(32, 1, 2), english_text()[:4000]) == pytest.approx(
         259, rel=0.05
     )
 
 
 def test_perplexity_does_not_depend_on_the_batch_size():
     model, text = byte_language_model(32, 1, 2), english_text()[:2000]
-    one, many = (byte_perplexity(model, text, length=64, batch_size=n) for n in (1, 7))
+    one, many = (perplexity(model, text, length=64, batch_size=n) for n in (1, 7))
     assert one == pytest.approx(many, rel=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_perplexity_does_not_depend_on_the_batch_size():
             "at least length = 128 tokens, got 5",
         ),
         (
-            lambda: byte_perplexity(byte_language_model(16, 1, 2), torch.zeros(3, 3)),
+            lambda: perplexity(byte_language_model(16, 1, 2), torch.zeros(3, 3)),
             "one-dimensional tensor of token ids",
         ),
     ],
