@@ -46,6 +46,11 @@ from .divergences import (
 from .eksft import EKSFTMask, EKSFTTrainerMixin, eksft_loss, eksft_mask
 from .length_curriculum import EntropyGatedLengthCurriculum
 from .lfu import LfURegularizer, LfUTrainerMixin, consistency_loss
+from .mask_the_target import (
+    TargetMaskedKL,
+    TargetMaskedKLTrainerMixin,
+    target_masked_kl,
+)
 from .moment_constraints import (
     fit_moment_coefficients,
 )
@@ -142,6 +147,8 @@ __all__ = [
     "ReferenceLossMixin",
     "RunningPartition",
     "SoftQ",
+    "TargetMaskedKL",
+    "TargetMaskedKLTrainerMixin",
     "TopKLogProbs",
     "TwoStageKL",
     "adaptive_kl",
@@ -206,6 +213,7 @@ __all__ = [
     "sum_rows",
     "supervised_labels",
     "target_log_score",
+    "target_masked_kl",
     "tempered",
     "token_kl",
     "token_logps",
