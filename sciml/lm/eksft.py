@@ -30,15 +30,18 @@ Approach for Selective Fine-tuning of Large Language Models", arXiv:2605.29303, 
 """
 
 import math
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sciml._check import check_choice, check_finite, check_interval
 
 from .token_reduction import IGNORE_INDEX, supervised_labels
+from .trainer_losses import ReferenceLossMixin
 from .vocabulary_rows import (
     Logits,
     Pullback,
@@ -49,7 +52,7 @@ from .vocabulary_rows import (
     vocabulary_size,
 )
 
-__all__ = ["EKSFTMask", "eksft_loss", "eksft_mask"]
+__all__ = ["EKSFTMask", "EKSFTTrainerMixin", "eksft_loss", "eksft_mask"]
 
 Combine = Literal["union", "intersection"]
 Variant = Literal["aligned", "official"]
@@ -146,9 +149,9 @@ def eksft_mask(
 @overload
 def eksft_loss(
     logits: Logits,
-    ref_logits: Logits,
     labels: Tensor,
     *,
+    ref_logits: Logits,
     top_k_ratio: float = ...,
     lambda_entropy: float = ...,
     lambda_kl: float = ...,
@@ -169,9 +172,9 @@ def eksft_loss(
 @overload
 def eksft_loss(
     logits: Logits,
-    ref_logits: Logits,
     labels: Tensor,
     *,
+    ref_logits: Logits,
     top_k_ratio: float = ...,
     lambda_entropy: float = ...,
     lambda_kl: float = ...,
@@ -191,9 +194,9 @@ def eksft_loss(
 
 def eksft_loss(
     logits: Logits,
-    ref_logits: Logits,
     labels: Tensor,
     *,
+    ref_logits: Logits,
     top_k_ratio: float = 0.2,
     lambda_entropy: float = 0.05,
     lambda_kl: float = 0.05,
@@ -216,10 +219,10 @@ def eksft_loss(
     logits : Tensor of shape (batch, n_tokens, V) or HiddenLogits
         Of the model in training. Read once for scores, loss and its value; with `HiddenLogits`
         the (batch, n_tokens, V) array never exists.
-    ref_logits : Tensor of shape (batch, n_tokens, V) or HiddenLogits
-        Of the reference, for the same inputs. It receives no gradient.
     labels : LongTensor of shape (batch, n_tokens)
         As for transformers, not shifted: row t predicts label t + 1; -100 is not supervised.
+    ref_logits : Tensor of shape (batch, n_tokens, V) or HiddenLogits
+        Of the reference, for the same inputs. It receives no gradient.
     top_k_ratio, combine, largest_entropy, largest_kl, scope
         As for `eksft_mask`. 0.2 and "union" are those of the official launch script.
     lambda_entropy, lambda_kl : float, default=0.05
@@ -264,7 +267,7 @@ def eksft_loss(
     <torch._C.Generator object at ...>
     >>> logits, ref_logits = torch.randn(2, 2, 10, 50)
     >>> labels = torch.arange(20).reshape(2, 10)
-    >>> loss, parts = eksft_loss(logits, ref_logits, labels, return_parts=True)
+    >>> loss, parts = eksft_loss(logits, labels, ref_logits=ref_logits, return_parts=True)
     >>> f"{parts['masked']:.2f}"  # 3 of 18 tokens by each score
     '0.33'
     """
@@ -303,6 +306,7 @@ def eksft_loss(
     ce = _mean(-logp, of_labels)
     normalized_entropy = _mean(entropy, selected.entropy) / math.log(vocabulary_size(logits))
     mean_kl = _mean(kl_term, selected.kl)
+    # The given weights are moved in each step; nothing accumulates.
     weight_entropy = _adapted(lambda_entropy, normalized_entropy < target_entropy, adapt, mean_kl)
     weight_kl = _adapted(lambda_kl, mean_kl > target_kl, adapt, mean_kl)
     loss = ce - weight_entropy * normalized_entropy + weight_kl * mean_kl
@@ -320,6 +324,53 @@ def eksft_loss(
         "masked": (n_tokens - of_labels.sum()) / n_tokens.clamp(min=1),
     }
     return loss, {name: value.detach() for name, value in parts.items()}
+
+
+class EKSFTTrainerMixin(ReferenceLossMixin):
+    """Mixin for `Trainer` and `SFTTrainer`: fine-tuning with EKSFT.
+
+    ``class MyTrainer(EKSFTTrainerMixin, SFTTrainer): pass``. The reference is the model without
+    its PEFT adapters, or `ref_model`. The terms of the loss are logged.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        Of the trainer.
+    objective : callable, default=None
+        `eksft_loss` with other options, ``partial(eksft_loss, top_k_ratio=0.1,
+        return_parts=True)``. None means its defaults.
+    ref_model : torch.nn.Module, default=None
+        A frozen copy of the model before fine-tuning; needed unless the model has adapters.
+    from_hidden_states : bool, default=False
+        Never build the (batch, n_tokens, V) logits, see `hidden_logits`.
+
+    References
+    ----------
+    Liu et al., arXiv:2605.29303.
+
+    Examples
+    --------
+    >>> from transformers import Trainer
+    >>> from sciml.lm import EKSFTTrainerMixin
+    >>> class EKSFTTrainer(EKSFTTrainerMixin, Trainer):
+    ...     pass
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Callable[..., Any] | None = None,
+        ref_model: nn.Module | None = None,
+        from_hidden_states: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args,
+            objective=objective or partial(eksft_loss, return_parts=True),
+            ref_model=ref_model,
+            from_hidden_states=from_hidden_states,
+            **kwargs,
+        )
 
 
 def _statistics(logits: Tensor, labels: Tensor, ref_logits: Tensor) -> tuple[Tensor, Pullback]:

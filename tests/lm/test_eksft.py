@@ -1,14 +1,23 @@
 """EKSFT: mask, loss and gradients against the formulas written with autograd; both variants."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from sciml.lm import HiddenLogits, eksft_loss, eksft_mask, next_token_labels
+from sciml.lm import (
+    EKSFTTrainerMixin,
+    HiddenLogits,
+    eksft_loss,
+    eksft_mask,
+    next_token_labels,
+)
 
 F64 = torch.float64
 
@@ -83,7 +92,7 @@ def test_loss_and_gradient_equal_the_definition(official, union, ratio):
     logits, ref_logits, labels = batch()
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss = eksft_loss(
-        ours, ref_logits, labels, top_k_ratio=ratio, lambda_entropy=0.3, lambda_kl=0.7,
+        ours, labels, ref_logits=ref_logits, top_k_ratio=ratio, lambda_entropy=0.3, lambda_kl=0.7,
         combine="union" if union else "intersection",
         variant="official" if official else "aligned", chunk_size=4,
     )  # fmt: skip
@@ -106,9 +115,11 @@ def test_hidden_states_and_output_layer_give_the_same_gradients():
     for formed in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if formed:
-            loss = eksft_loss(h @ w.T, ref_hidden @ weight.T, labels)
+            loss = eksft_loss(h @ w.T, labels, ref_logits=ref_hidden @ weight.T)
         else:
-            loss = eksft_loss(HiddenLogits(h, w), HiddenLogits(ref_hidden, weight), labels)
+            loss = eksft_loss(
+                HiddenLogits(h, w), labels, ref_logits=HiddenLogits(ref_hidden, weight)
+            )
         loss.backward()
         results.append((loss.detach(), h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
@@ -117,7 +128,9 @@ def test_hidden_states_and_output_layer_give_the_same_gradients():
 
 def test_ratio_0_is_plain_fine_tuning():
     logits, ref_logits, labels = batch()
-    loss, parts = eksft_loss(logits, ref_logits, labels, top_k_ratio=0.0, return_parts=True)
+    loss, parts = eksft_loss(
+        logits, labels, ref_logits=ref_logits, top_k_ratio=0.0, return_parts=True
+    )
     torch.testing.assert_close(loss, cross_entropy(logits, labels))
     assert parts["masked"] == 0
     assert parts["entropy"] == parts["kl"] == 0
@@ -126,7 +139,7 @@ def test_ratio_0_is_plain_fine_tuning():
 def test_few_tokens_give_k_0_and_plain_fine_tuning():
     logits, ref_logits, labels = batch(n_rows=1, n_tokens=4, prompt=0)
     labels[:] = torch.tensor([[1, 2, 3, 4]])
-    loss = eksft_loss(logits, ref_logits, labels, top_k_ratio=0.2)  # int(0.6) = 0
+    loss = eksft_loss(logits, labels, ref_logits=ref_logits, top_k_ratio=0.2)  # int(0.6) = 0
     torch.testing.assert_close(loss, cross_entropy(logits, labels))
 
 
@@ -139,7 +152,13 @@ def test_disjoint_sets_without_terms_are_plain_fine_tuning():
     labels = torch.tensor([[1, 2, 3, 4, 5]])
     options = {"top_k_ratio": 0.25, "combine": "intersection"}
     loss, parts = eksft_loss(
-        logits, ref_logits, labels, lambda_entropy=0.0, lambda_kl=0.0, return_parts=True, **options
+        logits,
+        labels,
+        ref_logits=ref_logits,
+        lambda_entropy=0.0,
+        lambda_kl=0.0,
+        return_parts=True,
+        **options,
     )
     assert parts["masked"] == 0
     assert parts["entropy"] > 0
@@ -150,10 +169,8 @@ def test_disjoint_sets_without_terms_are_plain_fine_tuning():
 def test_ratio_1_leaves_no_label_and_a_defined_gradient():
     logits, ref_logits, labels = batch()
     logits.requires_grad_()
-    loss, parts = eksft_loss(
-        logits, ref_logits, labels, top_k_ratio=1.0, lambda_entropy=0.0, lambda_kl=0.0,
-        return_parts=True,
-    )  # fmt: skip
+    options = {"top_k_ratio": 1.0, "lambda_entropy": 0.0, "lambda_kl": 0.0}
+    loss, parts = eksft_loss(logits, labels, ref_logits=ref_logits, return_parts=True, **options)
     assert loss == 0
     assert parts["masked"] == 1
     loss.backward()
@@ -162,20 +179,22 @@ def test_ratio_1_leaves_no_label_and_a_defined_gradient():
 
 def test_model_equal_to_reference_has_no_kl():
     logits, _, labels = batch()
-    _, parts = eksft_loss(logits, logits.clone(), labels, return_parts=True)
+    _, parts = eksft_loss(logits, labels, ref_logits=logits.clone(), return_parts=True)
     assert parts["kl"] == 0
 
 
 def test_uniform_logits_have_entropy_1():
     _, ref_logits, labels = batch()
-    _, parts = eksft_loss(torch.zeros_like(ref_logits), ref_logits, labels, return_parts=True)
+    _, parts = eksft_loss(
+        torch.zeros_like(ref_logits), labels, ref_logits=ref_logits, return_parts=True
+    )
     torch.testing.assert_close(parts["entropy"].item(), 1.0)
 
 
 def test_official_kl_term_is_the_kl_and_the_entropy_and_the_sum_of_squares():
     logits, ref_logits, labels = batch()
     options = {"top_k_ratio": 1.0, "return_parts": True}
-    _, parts = eksft_loss(logits, ref_logits, labels, variant="official", **options)
+    _, parts = eksft_loss(logits, labels, ref_logits=ref_logits, variant="official", **options)
     entropy, kl = scores(logits, ref_logits)
     term = kl + entropy + (logits.softmax(-1) ** 2).sum(-1)
     torch.testing.assert_close(parts["kl"], term[labels != -100].mean())
@@ -185,7 +204,7 @@ def test_official_kl_term_is_the_kl_and_the_entropy_and_the_sum_of_squares():
 def test_rows_that_predict_removed_labels_have_no_gradient_without_the_terms():
     logits, ref_logits, labels = batch()
     logits.requires_grad_()
-    eksft_loss(logits, ref_logits, labels, lambda_entropy=0.0, lambda_kl=0.0).backward()
+    eksft_loss(logits, labels, ref_logits=ref_logits, lambda_entropy=0.0, lambda_kl=0.0).backward()
     entropy, kl = scores(logits.detach(), ref_logits)
     mask = eksft_mask(entropy, kl, next_token_labels(labels))
     moved = logits.grad.abs().sum(-1) > 0
@@ -196,10 +215,10 @@ def test_rows_that_predict_removed_labels_have_no_gradient_without_the_terms():
 def test_weights_move_by_5_percent_from_what_was_given(entropy, raised):
     logits, ref_logits, labels = batch()
     options = {"target_entropy": entropy, "target_kl": 100.0, "return_parts": True}
-    _, parts = eksft_loss(logits, ref_logits, labels, **options)
+    _, parts = eksft_loss(logits, labels, ref_logits=ref_logits, **options)
     torch.testing.assert_close(parts["lambda_entropy"].item(), 0.05 * (1.05 if raised else 0.95))
     torch.testing.assert_close(parts["lambda_kl"].item(), 0.05 * 0.95)
-    _, fixed = eksft_loss(logits, ref_logits, labels, adapt=False, **options)
+    _, fixed = eksft_loss(logits, labels, ref_logits=ref_logits, adapt=False, **options)
     assert fixed["lambda_entropy"].item() == fixed["lambda_kl"].item() == 0.05
 
 
@@ -239,13 +258,13 @@ def test_scope_and_smallest():
 @given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 4))
 def test_shifts_padding_and_chunks_change_nothing(seed, chunk_size, n_padding):
     logits, ref_logits, labels = batch(seed)
-    loss = eksft_loss(logits, ref_logits, labels)
+    loss = eksft_loss(logits, labels, ref_logits=ref_logits)
     shift = torch.randn(2, 3, 9, 1, dtype=F64)
-    shifted = eksft_loss(logits + shift[0], ref_logits + shift[1], labels)
+    shifted = eksft_loss(logits + shift[0], labels, ref_logits=ref_logits + shift[1])
     padded = eksft_loss(
         F.pad(logits, (0, 0, 0, n_padding), value=2.0),
-        F.pad(ref_logits, (0, 0, 0, n_padding), value=-1.0),
         F.pad(labels, (0, n_padding), value=-100),
+        ref_logits=F.pad(ref_logits, (0, 0, 0, n_padding), value=-1.0),
         chunk_size=chunk_size,
     )
     torch.testing.assert_close(shifted, loss)
@@ -255,11 +274,13 @@ def test_shifts_padding_and_chunks_change_nothing(seed, chunk_size, n_padding):
 def test_micro_batches_weighted_by_their_tokens_sum_to_one_of_them():
     logits, ref_logits, labels = batch()
     n_tokens = int((next_token_labels(labels) != -100).sum())
-    alone = eksft_loss(logits, ref_logits, labels)
+    alone = eksft_loss(logits, labels, ref_logits=ref_logits)
     torch.testing.assert_close(
-        eksft_loss(logits, ref_logits, labels, num_items_in_batch=n_tokens), alone
+        eksft_loss(logits, labels, ref_logits=ref_logits, num_items_in_batch=n_tokens), alone
     )
-    twice = eksft_loss(logits, ref_logits, labels, num_items_in_batch=torch.tensor(2 * n_tokens))
+    twice = eksft_loss(
+        logits, labels, ref_logits=ref_logits, num_items_in_batch=torch.tensor(2 * n_tokens)
+    )
     torch.testing.assert_close(2 * twice, alone)
 
 
@@ -267,10 +288,10 @@ def test_micro_batches_weighted_by_their_tokens_sum_to_one_of_them():
 def test_low_precision_is_computed_in_float32(dtype):
     logits, ref_logits, labels = batch()
     low = logits.to(dtype).requires_grad_()
-    loss = eksft_loss(low, ref_logits.to(dtype), labels)
+    loss = eksft_loss(low, labels, ref_logits=ref_logits.to(dtype))
     assert loss.dtype == torch.float32
     loss.backward()
-    expected = eksft_loss(low.detach().float(), ref_logits.to(dtype).float(), labels)
+    expected = eksft_loss(low.detach().float(), labels, ref_logits=ref_logits.to(dtype).float())
     torch.testing.assert_close(loss, expected)
     assert low.grad.dtype == dtype
     assert low.grad.isfinite().all()
@@ -280,7 +301,7 @@ def test_inputs_are_not_changed_and_the_reference_gets_no_gradient():
     logits, ref_logits, labels = (t.clone() for t in batch())
     ref_logits.requires_grad_()
     copies = [t.detach().clone() for t in (logits, ref_logits, labels)]
-    eksft_loss(logits.requires_grad_(), ref_logits, labels).backward()
+    eksft_loss(logits.requires_grad_(), labels, ref_logits=ref_logits).backward()
     assert ref_logits.grad is None
     for tensor, copy in zip((logits, ref_logits, labels), copies, strict=True):
         assert torch.equal(tensor, copy)
@@ -292,12 +313,12 @@ def test_forbidden_tokens_are_no_nan():
     logits[..., 12] = -math.inf
     ref_logits[..., 12] = -math.inf
     logits.requires_grad_()
-    loss = eksft_loss(logits, ref_logits, labels)
+    loss = eksft_loss(logits, labels, ref_logits=ref_logits)
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
-    expected = eksft_loss(logits[..., :12].detach(), ref_logits[..., :12], labels)
-    _, parts = eksft_loss(logits.detach(), ref_logits, labels, return_parts=True)
+    expected = eksft_loss(logits[..., :12].detach(), labels, ref_logits=ref_logits[..., :12])
+    _, parts = eksft_loss(logits.detach(), labels, ref_logits=ref_logits, return_parts=True)
     ratio = math.log(12) / math.log(13)  # the entropy is a share of log V
     change = parts["lambda_entropy"] * parts["entropy"] * (1 / ratio - 1)
     torch.testing.assert_close(loss.detach() - change, expected)
@@ -321,8 +342,104 @@ def test_forbidden_tokens_are_no_nan():
     ],
 )
 def test_bad_input(change, options, message):
+    logits, ref_logits, labels = change(*batch())
     with pytest.raises(ValueError, match=message):
-        eksft_loss(*change(*batch()), **options)
+        eksft_loss(logits, labels, ref_logits=ref_logits, **options)
+
+
+class EKSFTTrainer(EKSFTTrainerMixin, Trainer):
+    pass
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=17, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for n_tokens in (12, 9, 14) * 4:
+        ids = torch.randint(1, 17, (n_tokens,), generator=generator)
+        result.append({"input_ids": ids, "labels": ids.index_fill(0, torch.arange(3), -100)})
+    return result
+
+
+def collate(items):
+    (item,) = items
+    return {name: value[None] for name, value in item.items()}
+
+
+def arguments(folder, **more):
+    options = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 3, "learning_rate": 0.5, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": "none",
+        "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no",
+    } | more  # fmt: skip
+    return TrainingArguments(**options)
+
+
+OPTIONS = {"lambda_entropy": 0.5, "lambda_kl": 0.5, "return_parts": True}
+
+
+@pytest.mark.parametrize("from_hidden_states", [False, True])
+def test_trainer_takes_the_step_by_hand(tmp_path, from_hidden_states):
+    model, by_hand, ref_model = llama(), llama(), llama(1)
+    trainer = EKSFTTrainer(
+        model, arguments(tmp_path, max_steps=1), collate, rows()[:3], ref_model=ref_model,
+        objective=partial(eksft_loss, **OPTIONS), from_hidden_states=from_hidden_states,
+    )  # fmt: skip
+    trainer.train()
+    batches = [collate([item]) for item in rows()[:3]]
+    n_tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    for inputs in batches:
+        with torch.no_grad():
+            ref_logits = ref_model(inputs["input_ids"]).logits
+        logits = by_hand(inputs["input_ids"]).logits
+        loss, _ = eksft_loss(logits, inputs["labels"], ref_logits=ref_logits, **OPTIONS)
+        count = int((inputs["labels"][:, 1:] != -100).sum())
+        (loss * count / n_tokens).backward()
+    for name, parameter in by_hand.named_parameters():
+        expected = parameter.detach() - 0.5 * parameter.grad
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected)
+    assert trainer.state.log_history[0].keys() >= {"ce", "entropy", "kl", "masked"}
+
+
+def test_peft_model_is_its_own_reference(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(llama(), config)
+    trainer = EKSFTTrainer(model, arguments(tmp_path), collate, rows())
+    inputs = collate(rows()[:1])
+    n_tokens = (inputs["labels"] != -100).sum()
+    loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=n_tokens)
+    expected = eksft_loss(
+        model(inputs["input_ids"]).logits, inputs["labels"],
+        ref_logits=llama()(inputs["input_ids"]).logits,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="ref_model"):
+        EKSFTTrainer(llama(), arguments(tmp_path), collate, rows())
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
+    def train(folder, resume=None, **more):
+        model = llama()
+        arguments_ = arguments(folder, learning_rate=1e-2, optim="adamw_torch", **more)
+        trainer = EKSFTTrainer(model, arguments_, collate, rows(), ref_model=llama())
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    straight = train(tmp_path / "a")
+    train(tmp_path / "b", max_steps=2, save_strategy="steps", save_steps=2)
+    resumed = train(tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-2"))
+    for name, value in straight.items():
+        assert torch.equal(resumed[name], value), name
 
 
 def test_bad_scores():
