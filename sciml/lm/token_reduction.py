@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._check import check_choice, check_interval
@@ -50,7 +49,9 @@ def next_token_labels(labels: Tensor) -> Tensor:
     >>> next_token_labels(torch.tensor([[5, 6, 7]]))
     tensor([[   6,    7, -100]])
     """
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+    shifted = labels.roll(-1, dims=-1)
+    shifted[..., -1:] = IGNORE_INDEX
+    return shifted
 
 
 def supervised_labels(
@@ -227,6 +228,7 @@ def _divisor(
     if num_items_in_batch is None:
         return mask.sum().clamp(min=1)
     if isinstance(num_items_in_batch, Tensor):
-        return num_items_in_batch.to(mask.device)
-    check_interval("num_items_in_batch", num_items_in_batch, 0, closed="neither")
-    return float(num_items_in_batch)
+        items = num_items_in_batch.to(mask.device)
+        return torch.where(items > 0, items, 1)  # a step without a single label: 0 / 1
+    check_interval("num_items_in_batch", num_items_in_batch, 0, closed="left")
+    return float(num_items_in_batch or 1)
