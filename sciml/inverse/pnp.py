@@ -8,7 +8,10 @@ To reconstruct x from y = A x + noise with the prior R of a proximal network f, 
 
 which are deepinv's ADMM steps with the prior first. For a linear A, a smooth convex potential
 with 0 < alpha < 1 and rho > 2 s ||A^T A||, x converges to a fixed point, whatever the
-network's weights.
+network's weights. The fixed points are the stationary points of s ||A x - y||^2 + rho R(x), so
+that the theorem's bound on rho is one from below on the prior's weight too. It need not be: with
+the proximal operator of w R for 0 < w < 1 in place of f, a proximal operator as well, the weight
+is w rho and the theorem holds as it is.
 
 References
 ----------
@@ -19,12 +22,13 @@ References
 from dataclasses import dataclass
 
 import torch
-from deepinv.optim import ADMM, L2, PnP
+from deepinv.optim import ADMM, L2, PnP, Prior
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
 from .._check import check_integer, check_interval
 from .lpn import LearnedProximalNetwork
+from .lpn_prior import LPNPrior
 
 __all__ = ["ConvergenceCertificate", "convergence_certificate", "pnp_admm"]
 
@@ -35,6 +39,7 @@ def pnp_admm(
     net: nn.Module,
     rho: float = 1.1,
     scale: float = 0.5,
+    weight: float = 1.0,
     max_iter: int = 100,
     init: Tensor | None = None,
     solver_tol: float = 1e-6,
@@ -51,11 +56,16 @@ def pnp_admm(
     net : nn.Module
         Denoiser, called as ``net(x, None)``; the theorem wants a proximal network.
     rho : float, default=1.1
-        Weight of the coupling. The prior's own weight is part of the network, so a larger
-        `rho` means more of the prior. The theorem wants rho > 2 scale ||A^T A||; the paper's
-        deblurring uses 0.1, which is less.
+        Weight of the coupling, and so of the prior, whose own weight is part of the network.
+        The theorem wants rho > 2 scale ||A^T A||; the paper's deblurring uses 0.1, which is
+        less.
     scale : float, default=0.5
         s in the data term s ||A x - y||^2.
+    weight : float, default=1.0
+        w in the prior's weight w rho, in (0, 1]. At 1 the prior enters by the network itself,
+        as in the paper. Below, by the proximal operator of w R, which wants a proximal network
+        and an inversion, some ten evaluations, an iteration: so a small weight of the prior
+        keeps the guarantee, where a small `rho` loses it.
     max_iter : int, default=100
         Iterations.
     init : Tensor, default=None
@@ -76,9 +86,17 @@ def pnp_admm(
     Raises
     ------
     TypeError
-        If `physics` is not linear.
+        If `physics` is not linear, or `net` no proximal network and `weight` below 1.
     ValueError
         If a number is out of range.
+
+    Notes
+    -----
+    Under the theorem's conditions the augmented Lagrangian falls at every iteration, which is
+    what its proof rests on. The residual goes to zero but need not fall at every one: it does
+    where the proximal operator is a contraction, so where R is convex. A small `weight` brings
+    the operator closer to that: its slope is 1 / (1 - w (1 - 1 / L)) at most where the network's
+    is L > 1.
 
     References
     ----------
@@ -98,13 +116,18 @@ def pnp_admm(
         raise TypeError(f"physics must be a deepinv LinearPhysics, got {type(physics).__name__}")
     check_interval("rho", rho, 0, closed="neither")
     check_interval("scale", scale, 0, closed="neither")
+    check_interval("weight", weight, 0, 1, closed="right")
     check_interval("solver_tol", solver_tol, 0, closed="neither")
     check_integer("max_iter", max_iter, 1)
     check_integer("solver_max_iter", solver_max_iter, 1)
     stepsize = 2 * scale / rho
-    net_was_training, net = net.training, net.eval()
+    was_training = net.training
     before = physics.solver, physics.max_iter, physics.tol
     try:
+        prior: Prior = PnP(net.eval())
+        if weight < 1:
+            # The inversion cannot do better than the rounding of the network's output.
+            prior = LPNPrior(net, tol=max(solver_tol, 100 * torch.finfo(y.dtype).eps))
         physics.set_ls_solver("CG", max_iter=solver_max_iter, tol=solver_tol)
         fidelity = L2()
         with torch.no_grad():
@@ -113,7 +136,8 @@ def pnp_admm(
             x_1 = fidelity.prox(x_0, y, physics, gamma=stepsize)
             solver = ADMM(
                 data_fidelity=fidelity,
-                prior=PnP(net),
+                prior=prior,
+                lambda_reg=weight / stepsize,  # deepinv asks for the prox of lambda_reg * stepsize
                 stepsize=stepsize,
                 beta=1.0,
                 max_iter=max_iter - 1,
@@ -122,7 +146,7 @@ def pnp_admm(
             x, metrics = solver(y, physics, init=(x_1, x_0 - x_1), compute_metrics=True)
     finally:
         physics.solver, physics.max_iter, physics.tol = before
-        net.train(net_was_training)
+        net.train(was_training)
     return x, metrics
 
 
@@ -221,6 +245,9 @@ def convergence_certificate(
     -----
     ||A^T A|| comes from deepinv's power iteration, which approaches it from below: leave
     `rho` a margin of some per cent. Linearity is tested on random images, besides the type.
+
+    `pnp_admm`'s ``weight`` w < 1 changes none of the conditions: the proximal operator of w R
+    has slope alpha / (alpha + w (1 - alpha)) at least, in (0, 1) if alpha is.
 
     References
     ----------

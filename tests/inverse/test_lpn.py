@@ -44,7 +44,7 @@ def small_dense(strong_convexity=0.05, d=5, seed=0):
 NETS = {
     "conv": (small_net, (1, 8, 8)),
     "dense": (small_dense, (5,)),
-    "patches": (lambda a=0.05: PatchLPN(small_net(a), overlap=4, batch_size=7), (1, 11, 13)),
+    "patches": (lambda a=0.05: PatchLPN(small_net(a), overlap=4, batch_size=7), (1, 7, 9)),
 }
 
 
@@ -208,8 +208,8 @@ def test_monotone(seed, scale):
 def test_output_minimises_its_proximal_problem(name):
     # R(f(v)) = <v, f(v)> - ||f(v)||^2 / 2 - psi(v): no f(v) does better than f(y).
     make, shape = NETS[name]
-    net, y, v = make(), draw(shape, 4, 1), draw(shape, 60, 2)
-    v = torch.cat([v, (y[:, None] + 0.1 * v[None, :15]).flatten(0, 1)])
+    net, y, v = make(), draw(shape, 4, 1), draw(shape, 30, 2)
+    v = torch.cat([v, (y[:, None] + 0.1 * v[None, :8]).flatten(0, 1)])
     with torch.no_grad():
         flat = lambda t: t.flatten(1)  # noqa: E731
 

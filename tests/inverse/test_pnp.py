@@ -10,20 +10,21 @@ from sciml.inverse import (
     ConvergenceCertificate,
     FullyConnectedLPN,
     LearnedProximalNetwork,
+    LPNPrior,
     PatchLPN,
     convergence_certificate,
     pnp_admm,
 )
 
 
-def network(strong_convexity=0.2):
+def network(strong_convexity=0.2, weight=0.05):
     generator = torch.Generator().manual_seed(0)
     net = LearnedProximalNetwork(
         1, 8, width=5, beta=10.0, strong_convexity=strong_convexity, generator=generator
     )
     with torch.no_grad():
-        for weight in net.constrained_weights().values():
-            weight.uniform_(0, 0.05, generator=generator)
+        for parameter in net.constrained_weights().values():
+            parameter.uniform_(0, weight, generator=generator)
     return net.double().eval()
 
 
@@ -112,6 +113,68 @@ def test_equals_the_recursion_written_out(name, atol, scale, rho):
             y, physics, net, rho, scale, max_iter=k, solver_tol=1e-12, solver_max_iter=300
         )
         torch.testing.assert_close(got, x, rtol=0, atol=atol)
+
+
+def lagrangians(physics, net, rho, y, max_iter):
+    """Augmented Lagrangian after each z-step of the recursion, and ||x - z||, in x alone."""
+    values, residuals = [], []
+    for k in range(1, max_iter):
+        x, _ = pnp_admm(y, physics, net, rho, max_iter=k, solver_tol=1e-12, solver_max_iter=60)
+        misfit = physics.A(x) - y
+        u = -physics.A_adjoint(misfit) / rho
+        v, x, u, misfit = (t.flatten(1) for t in (x + u, x, u, misfit))
+        with torch.no_grad():
+            z = net(v.reshape(-1, 1, 8, 8)).flatten(1)
+            psi = net.potential(v.reshape(-1, 1, 8, 8))
+        prior = (v * z).sum(1) - z.square().sum(1) / 2 - psi  # R(f(v)), without an inversion
+        coupling = (u * (x - z)).sum(1) + (x - z).square().sum(1) / 2
+        values.append(misfit.square().sum(1) / 2 + rho * (prior + coupling))
+        residuals.append((x - z).norm(dim=1))
+    return torch.stack(values), torch.stack(residuals)
+
+
+@pytest.mark.parametrize("name", ["blur by FFT", "inpainting"])
+def test_lagrangian_falls_at_every_step_if_rho_exceeds_the_norm(name):
+    # The merit function of the proof: its change in the x- and u-steps is
+    # -dx^T (rho - H) (rho + 2 H) dx / (2 rho) with H = A^T A.
+    physics, net = PHYSICS[name](), network(0.02, weight=0.2)
+    jacobian = torch.autograd.functional.jacobian(net, images(1)).reshape(64, 64)
+    assert torch.linalg.eigvalsh(jacobian)[-1] > 1.5, "R is convex: the test would see little"
+    y, norm = physics.A(images()), float(torch.linalg.matrix_norm(dense_matrix(physics), 2)) ** 2
+    falling, residual = lagrangians(physics, net, 1.02 * norm, y, max_iter=12)
+    assert (falling.diff(dim=0) < 0).all()
+    # The residual itself need not fall where R is not convex.
+    assert (residual.diff(dim=0) > 0).any()
+    rising, _ = lagrangians(physics, net, 0.7 * norm, y, max_iter=12)
+    assert (rising.diff(dim=0) > 0).any()
+
+
+def test_small_weight_keeps_rho_large_and_reaches_the_same_stationary_point():
+    physics, net = PHYSICS["blur by FFT"](), network()
+    y = physics.A(images())
+    options = {"max_iter": 60, "solver_tol": 1e-9}
+    x, metrics = pnp_admm(y, physics, net, rho=1.2, weight=0.25, **options)
+    assert np.array(metrics["residual"])[:, -1].max() < 1e-6
+    # A^T (A x - y) + w rho R'(x) = 0.
+    slope = physics.A_adjoint(physics.A(x) - y) + 0.25 * 1.2 * LPNPrior(net, tol=1e-11).grad(x)
+    assert float(slope.norm()) < 1e-5
+    # R of this network is convex, so a small rho must lead to the same point.
+    other, _ = pnp_admm(y, physics, net, rho=0.3, **options)
+    torch.testing.assert_close(x, other, rtol=0, atol=1e-5)
+    dncnn = deepinv.models.DnCNN(1, 1, depth=3, nf=4, pretrained=None).double()
+    with pytest.raises(TypeError, match="proximal network"):
+        pnp_admm(y, physics, dncnn.train(), weight=0.5)
+    assert dncnn.training
+    assert dncnn.training
+
+
+def test_small_weight_in_float32_draws_no_warning(recwarn):
+    physics, net = PHYSICS["inpainting"](), network().float()
+    y = physics.A(images().float())
+    _, metrics = pnp_admm(y, physics, net, rho=1.2, weight=0.1, max_iter=30)
+    residual = np.array(metrics["residual"])
+    assert residual[:, -1].max() < 0.01 * residual[:, 0].max()
+    assert not [w for w in recwarn if "inversion" in str(w.message)]
 
 
 def test_start_and_restored_state():
@@ -207,6 +270,8 @@ Y = torch.ones(1, 1, 8, 8, dtype=torch.float64)
         (lambda p, n: pnp_admm(Y, deepinv.physics.Physics(lambda x: x), n), TypeError, "Linear"),
         (lambda p, n: pnp_admm(Y, p, n, rho=0.0), ValueError, "rho"),
         (lambda p, n: pnp_admm(Y, p, n, scale=-1.0), ValueError, "scale"),
+        (lambda p, n: pnp_admm(Y, p, n, weight=0.0), ValueError, "weight"),
+        (lambda p, n: pnp_admm(Y, p, n, weight=1.5), ValueError, "weight"),
         (lambda p, n: pnp_admm(Y, p, n, max_iter=0), ValueError, "max_iter"),
         (lambda p, n: pnp_admm(Y, p, n, solver_tol=0.0), ValueError, "solver_tol"),
         (lambda p, n: pnp_admm(Y * torch.nan, p, n), ValueError, "finite"),
