@@ -117,7 +117,7 @@ def test_training_lowers_the_loss_and_logs_the_implicit_rewards(tmp_path, data, 
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first["rewards/chosen"] == pytest.approx(0.5, abs=1e-5)  # beta phi(1)
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
-    assert last["loss"] < 0.5
+    assert last["loss"] < 0.6
     assert last["rewards/accuracies"] == 1.0
     margin = last["rewards/chosen"] - last["rewards/rejected"]
     assert last["rewards/margins"] == pytest.approx(margin, rel=1e-4)
