@@ -426,6 +426,8 @@ class Distiller:
         finally:
             bar.close()
             self.student.eval()
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
         return self
 
     # What a subclass may replace.
@@ -735,7 +737,10 @@ class Distiller:
     ) -> "list[Tensor] | TeacherCache":
         """The teacher's responses to all prompts, or given ones, with a cache if a folder is."""
         longest = self.max_new_tokens if self.curriculum is None else self.curriculum.lengths[-1]
-        if top_k > cast(Any, self.teacher).get_output_embeddings().weight.shape[0]:
+        if (
+            folder is not None
+            and top_k > cast(Any, self.teacher).get_output_embeddings().weight.shape[0]
+        ):
             raise ValueError(f"teacher_top_k must be at most the vocabulary's size, got {top_k}")
         n = len(self.prompt_ids_)
         description = {

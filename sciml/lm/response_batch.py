@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .reference_model import unwrap_model
 from .token_reduction import IGNORE_INDEX
 
 __all__ = [
@@ -105,7 +106,7 @@ def sample_responses(
     """
     from transformers import GenerationConfig
 
-    model_any = cast(Any, model)
+    inner = cast(Any, unwrap_model(model))  # PEFT's generate takes its settings elsewhere
     device = next(model.parameters()).device
     eos = list(eos_token_ids)
     n_prompt = max(len(prompt) for prompt in prompts)
@@ -120,16 +121,18 @@ def sample_responses(
         pad_token_id=pad_token_id,
         eos_token_id=eos or None,
     )
-    was_training, own = model.training, model_any.generation_config
+    was_training, own = model.training, inner.generation_config
     model.eval()
     try:
-        model_any.generation_config = config
+        inner.generation_config = config
         with torch.no_grad(), seeded(seed, device):
-            output = model_any.generate(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)
+            output = inner.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=config,
             )
     finally:
-        model_any.generation_config = own
+        inner.generation_config = own
         model.train(was_training)
     responses = []
     for row in output[:, n_prompt:].cpu():
