@@ -313,10 +313,10 @@ def _second_column(reduction: RowReduction) -> RowReduction:
 
 def _forward(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple[Tensor, Pullback]:
     index = labels.unsqueeze(-1)
-    q, lse, logp = _without_target(logits, index)
-    p, ref_lse, _ = _without_target(ref_logits, index)
-    # The target has p = 0 and a finite difference, so it adds nothing.
-    kl = rowwise_dot(p, _difference(ref_logits, logits)) - ref_lse + lse
+    others, q, lse = _without_target(logits, index)
+    ref_others, p, ref_lse = _without_target(ref_logits, index)
+    logp = -nn.functional.softplus(lse - logits.gather(-1, index))
+    kl = rowwise_dot(p, ref_others.sub_(others)) - ref_lse + lse
 
     def pullback(upstream: Tensor) -> Tensor:
         of_logp, of_kl = upstream[:, :1], upstream[:, 1:]
@@ -329,32 +329,29 @@ def _forward(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple[Tensor
 
 def _reverse(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple[Tensor, Pullback]:
     index = labels.unsqueeze(-1)
-    q, lse, logp = _without_target(logits, index)
-    _, ref_lse, _ = _without_target(ref_logits, index)
-    ratio = _difference(logits, ref_logits)
-    kl = rowwise_dot(q, ratio) - lse + ref_lse
+    others, q, lse = _without_target(logits, index)
+    ref_others, _, ref_lse = _without_target(ref_logits, index)
+    logp = -nn.functional.softplus(lse - logits.gather(-1, index))
+    difference = others.sub_(ref_others)
+    kl = rowwise_dot(q, difference) - lse + ref_lse
 
     def pullback(upstream: Tensor) -> Tensor:
         of_logp, of_kl = upstream[:, :1], upstream[:, 1:]
         of_target = -of_logp * torch.expm1(logp)
         # d KL / d z_v = q_v (z_v - b_v - lse + ref_lse - KL)
-        ratio.add_(ref_lse - lse - kl).mul_(of_kl).sub_(of_target)
-        return q.mul_(ratio).scatter_(-1, index, of_target)
+        difference.add_(ref_lse - lse - kl).mul_(of_kl).sub_(of_target)
+        return q.mul_(difference).scatter_(-1, index, of_target)
 
     return torch.cat([logp, kl], dim=-1), pullback
 
 
 def _without_target(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities and log-sum-exp over the other tokens, and the target's log-probability."""
-    others = logits.scatter(-1, index, -torch.inf)
-    largest = others.amax(-1, keepdim=True)
-    weights = others.sub_(largest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    lse = total.log() + largest
-    logp = -nn.functional.softplus(lse - logits.gather(-1, index))
-    return weights.div_(total), lse, logp
+    """Logits without the target, their softmax and their log-sum-exp.
 
-
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    # A token forbidden by -inf in both makes no difference.
-    return (a - b).nan_to_num_(nan=0.0)
+    The target, and tokens forbidden by -inf, get the same finite number in both models, so that
+    they differ by 0 and weigh 0. The log-sum-exp is computed over the others, since
+    log(exp(lse) - exp(target)) cancels where the target is nearly certain.
+    """
+    others = logits.clamp(min=-1e30).scatter_(-1, index, -1e30)
+    q = others.softmax(-1)
+    return others, q, others.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log()

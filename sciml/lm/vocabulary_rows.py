@@ -131,9 +131,9 @@ def sum_rows(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of a row reduction over all rows, and the values themselves.
 
-    As the weights are known, the gradient of `HiddenLogits` is formed during the forward pass and
-    the product with the output layer is not repeated. Logits that exist already are read again
-    in the backward pass instead, since keeping their gradient would cost more.
+    As the weights are known, the gradient is formed during the forward pass, and neither the
+    reduction nor the product with the output layer is repeated. (Not for float16, whose gradients
+    would vanish before a gradient scaler can lift them: they wait for the backward pass.)
 
     Parameters
     ----------
@@ -168,10 +168,7 @@ def sum_rows(
     weights = weights.to(rows.dtype)
     if weights.dim() == lead:
         weights = weights.unsqueeze(-1)
-    if not isinstance(logits, HiddenLogits):
-        values = _ReduceRows.apply(reduction, rows, *tensors)
-        return (values * weights).sum(), values.detach()
-    return _SumHiddenRows.apply(reduction, rows, weights, *tensors)
+    return _SumRows.apply(reduction, rows, weights, *tensors)
 
 
 def label_logp(logits: Tensor, labels: Tensor) -> tuple[Tensor, Pullback]:
@@ -434,7 +431,7 @@ def _rows(
 def _default_chunk_size(n_vocabulary: int, hidden: bool, device: str) -> int:
     # On a CPU, rows that exist are best reduced inside the cache; a product with the output
     # layer needs more rows to pay for reading the layer. A GPU needs work for all its cores.
-    n_elements = (2**23 if hidden else 2**19) if device == "cpu" else 2**26
+    n_elements = (2**23 if hidden else 2**18) if device == "cpu" else 2**26
     return max(1, n_elements // max(n_vocabulary, 1))
 
 
@@ -467,13 +464,16 @@ class _ReduceRows(torch.autograd.Function):
         return None, None, *gradients.all()
 
 
-class _SumHiddenRows(torch.autograd.Function):
+class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, reduction: RowReduction, rows: _Rows, weights: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[3:]
-        gradients = _Gradients(rows, tensors, needed) if any(needed) else None
+        first = tensors[0]
+        assert first is not None
+        now = any(needed) and first.dtype != torch.float16
+        gradients = _Gradients(rows, tensors, needed) if now else None
         flat_weights = weights.reshape(-1, weights.shape[-1])
         values: Tensor | None = None
         with _no_autocast(tensors):
@@ -486,8 +486,9 @@ class _SumHiddenRows(torch.autograd.Function):
                 if gradients is not None:
                     gradients.add(chunk, pullback(flat_weights[chunk].expand_as(part)))
         assert values is not None
-        ctx.save_for_backward(*(gradients.all() if gradients is not None else ()))
-        ctx.n_tensors = len(tensors)
+        ctx.reduction, ctx.rows, ctx.weights = reduction, rows, flat_weights
+        ctx.gradients = gradients
+        ctx.save_for_backward(*tensors)
         values = values.reshape(*rows.shape, values.shape[-1])
         ctx.mark_non_differentiable(values)
         return (values * weights).sum(), values
@@ -495,9 +496,19 @@ class _SumHiddenRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors or (None,) * ctx.n_tensors
-        scaled = [None if gradient is None else gradient * upstream for gradient in saved]
-        return None, None, None, *scaled
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None:
+            scaled = [g if g is None else g.mul_(upstream) for g in gradients.all()]
+            return None, None, None, *scaled
+        # The second time: what the first gave away may have changed.
+        rows, tensors = ctx.rows, ctx.saved_tensors
+        gradients = _Gradients(rows, tensors, ctx.needs_input_grad[3:])
+        weights = ctx.weights * upstream
+        with _no_autocast(tensors):
+            for chunk in rows.chunks():
+                part, pullback = ctx.reduction(*rows.read(tensors, chunk))
+                gradients.add(chunk, pullback(weights[chunk].expand_as(part)))
+        return None, None, None, *gradients.all()
 
 
 class _Gradients:

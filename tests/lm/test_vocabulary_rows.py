@@ -245,6 +245,19 @@ def test_bfloat16_in_float32_arithmetic(form, summed, inputs):
         torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("form", ["logits", "hidden"])
+def test_float16_gradients_are_lifted_by_a_gradient_scaler(form, inputs):
+    keys = ["logits"] if form == "logits" else ["hidden", "weight"]
+    gradients = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = [inputs[key].to(torch.float16).to(dtype).requires_grad_() for key in keys]
+        logits = leaves[0] if form == "logits" else HiddenLogits(*leaves)
+        total, _ = sum_rows(entropy, logits, weights=torch.full((2, 5), 1e-9))
+        gradients.append(torch.autograd.grad(total * 2.0**30, leaves))
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+
+
 def test_autocast_decides_the_dtype_of_the_product_only(inputs):
     hidden, weight = (inputs[key].float().requires_grad_() for key in ("hidden", "weight"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
