@@ -270,7 +270,7 @@ class LfURegularizer:
             model, inputs, compute_loss, step, parameters
         )
         consistency = torch.zeros_like(sft)
-        if norm > 0:
+        if norm != 0:  # NaN goes on, to be seen
             consistency, of_consistency = self._consistency(
                 model, inputs, compute_loss, psi, hidden, parameters, random
             )
@@ -279,7 +279,8 @@ class LfURegularizer:
                 if gradient is not None:
                     gradient = gradient * scale
                     mine = gradients[i]
-                    gradients[i] = gradient if mine is None else mine.add_(gradient)
+                    # Not in place: autograd may hand out one tensor for two parameters.
+                    gradients[i] = gradient if mine is None else mine + gradient
         value = sft + self.weight * consistency_scale * consistency
         loss = _WithGradients.apply(value, gradients, *parameters)
         return loss, {"sft": sft, "consistency": consistency, "gradient_norm": norm}
@@ -515,7 +516,7 @@ class _WithGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of an LfU loss can be handed on once only")
-        scaled = [None if g is None else g.mul_(upstream.to(g.device)) for g in gradients]
+        scaled = [None if g is None else g * upstream.to(g) for g in gradients]
         return None, None, *scaled
 
 
