@@ -5,6 +5,12 @@ A layer is a convolution (transposed in decoders), batch normalisation and an ac
 LeakyReLU(0.2) in encoders, tanh in decoders. Sizes need not match exactly, since a bilinear
 resize follows the encoder and ends the decoder.
 
+For latents of 32 cells and fewer the published seismic layers have kernels one receiver wide and
+strides of two: an encoder drops every other receiver each time, and a decoder writes to every
+other column and leaves the rest constant, at latent 8 seven columns of eight. By default encoders
+here average the two receivers and decoders interpolate the columns between, with the same
+parameters and sizes; ``legacy_alignment=True`` does as published.
+
 References
 ----------
 .. [1] N. Gupta et al., "A Unified Framework for Forward and Inverse Problems in Subsurface
@@ -22,6 +28,7 @@ __all__ = ["LATENT_SIZES", "SeismicDecoder", "SeismicEncoder", "VelocityDecoder"
 
 LATENT_SIZES = (8, 16, 32, 64, 70)
 _LATENT_CHANNELS = 128
+_FEWEST_CHANNELS = 8  # the fewest of the published tables
 
 
 class _Layer(NamedTuple):
@@ -126,15 +133,22 @@ class _Encoder(nn.Module):
         latent_size: int,
         width: int,
         padding_mode: Literal["zeros", "reflect"],
+        legacy_alignment: bool = True,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels
         self.latent_size = latent_size
         modules: list[nn.Module] = []
         for layer in layers:
             channels = _scaled(layer.channels, width)
-            geometry = (layer.kernel, layer.stride, layer.padding)
+            fill = _skips_columns(layer) and not legacy_alignment
+            stride = (layer.stride[0], 1) if fill else layer.stride
             modules += [
-                nn.Conv2d(in_channels, channels, *geometry, padding_mode=padding_mode),
+                nn.Conv2d(
+                    *(in_channels, channels, layer.kernel, stride, layer.padding),
+                    padding_mode=padding_mode,
+                ),
+                *([nn.AvgPool2d((1, 2), ceil_mode=True)] if fill else []),
                 nn.BatchNorm2d(channels),
                 nn.LeakyReLU(0.2),
             ]
@@ -142,6 +156,11 @@ class _Encoder(nn.Module):
         self.layers = nn.Sequential(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input must have shape (batch, {self.in_channels}, height, width), "
+                f"got {tuple(x.shape)}"
+            )
         return F.interpolate(self.layers(x), size=(self.latent_size,) * 2, mode="bilinear")
 
 
@@ -156,6 +175,7 @@ class _Decoder(nn.Module):
         out_size: tuple[int, int],
         width: int,
         leaky: int = 0,
+        legacy_alignment: bool = True,
     ) -> None:
         super().__init__()
         self.out_size = out_size
@@ -163,9 +183,11 @@ class _Decoder(nn.Module):
         in_channels = width
         for i, layer in enumerate([*layers, last]):
             channels = _scaled(layer.channels, width) if layer.channels else smooth.in_channels
-            geometry = (layer.kernel, layer.stride, layer.padding)
+            fill = _skips_columns(layer) and not legacy_alignment
+            stride = (layer.stride[0], 1) if fill else layer.stride
             modules += [
-                nn.ConvTranspose2d(in_channels, channels, *geometry),
+                nn.ConvTranspose2d(in_channels, channels, layer.kernel, stride, layer.padding),
+                *([_ColumnsBetween()] if fill else []),
                 nn.BatchNorm2d(channels),
                 nn.LeakyReLU(0.2) if i < leaky else nn.Tanh(),
             ]
@@ -174,6 +196,14 @@ class _Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         return F.interpolate(self.layers(latent), size=self.out_size, mode="bilinear")
+
+
+class _ColumnsBetween(nn.Module):
+    """Put the mean of two columns between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (x.shape[-2], 2 * x.shape[-1] - 1)
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 class SeismicEncoder(_Encoder):
@@ -186,9 +216,12 @@ class SeismicEncoder(_Encoder):
     n_shots : int, default=5
         Input channels.
     width : int, default=128
-        Channels of the latent image. Hidden channels scale with ``width / 128``.
+        Channels of the latent image. Hidden channels scale with ``width / 128``, but not below
+        8: a layer of one or two channels would let little through.
     layout : {8, 16, 32, 64, 70}, optional
         Published layer table to use; by default that of `latent_size`.
+    legacy_alignment : bool, default=False
+        Whether strides of two drop every other receiver, as published, instead of averaging.
 
     Raises
     ------
@@ -215,9 +248,10 @@ class SeismicEncoder(_Encoder):
         *,
         width: int = _LATENT_CHANNELS,
         layout: int | None = None,
+        legacy_alignment: bool = False,
     ) -> None:
         table = _SEISMIC_ENCODER[_layout(latent_size, layout, width)]
-        super().__init__(table, n_shots, latent_size, width, "zeros")
+        super().__init__(table, n_shots, latent_size, width, "zeros", legacy_alignment)
 
 
 class VelocityEncoder(_Encoder):
@@ -260,10 +294,11 @@ class SeismicDecoder(_Decoder):
         Height and width of the latent image.
     out_shape : (int, int, int), default=(5, 1000, 70)
         Shots, time samples and receivers.
-    width : int, default=128
-        Channels of the latent image. Hidden channels scale with ``width / 128``.
-    layout : {8, 16, 32, 64, 70}, optional
-        Published layer table to use; by default that of `latent_size`.
+    width, layout
+        As in `SeismicEncoder`.
+    legacy_alignment : bool, default=False
+        Whether strides of two leave every other column constant, as published, instead of
+        interpolating it.
 
     References
     ----------
@@ -284,6 +319,7 @@ class SeismicDecoder(_Decoder):
         *,
         width: int = _LATENT_CHANNELS,
         layout: int | None = None,
+        legacy_alignment: bool = False,
     ) -> None:
         size = _layout(latent_size, layout, width)
         shots = out_shape[0]
@@ -294,6 +330,7 @@ class SeismicDecoder(_Decoder):
             out_shape[1:],
             width,
             _LEAKY_LAYERS[size],
+            legacy_alignment,
         )
 
 
@@ -334,7 +371,13 @@ class VelocityDecoder(_Decoder):
 
 
 def _scaled(channels: int, width: int) -> int:
-    return max(1, round(channels * width / _LATENT_CHANNELS))
+    if channels == _LATENT_CHANNELS:
+        return width
+    return max(_FEWEST_CHANNELS, round(channels * width / _LATENT_CHANNELS))
+
+
+def _skips_columns(layer: _Layer) -> bool:
+    return layer.kernel[1] < layer.stride[1]
 
 
 def _layout(latent_size: int, layout: int | None, width: int) -> int:

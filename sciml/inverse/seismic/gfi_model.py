@@ -196,7 +196,8 @@ def latent_unet(
     layout : {8, 16, 32, 64, 70}, optional
         Published layer table of encoders and decoders; by default that of `latent_size`.
     legacy_alignment : bool, default=False
-        Whether skips are taken after pooling, as published. See `UNetTranslation`.
+        Whether skips are taken after pooling and strides of two skip receivers, as published.
+        See `UNetTranslation` and `SeismicDecoder`.
 
     Returns
     -------
@@ -216,7 +217,9 @@ def latent_unet(
     """
     check_choice("direction", direction, ("inverse", "forward"))
     translation = UNetTranslation(width, 2, repeats, skip=skip, legacy_alignment=legacy_alignment)
-    parts = _autoencoders(latent_size, width, seismic_shape, velocity_shape, layout)
+    parts = _autoencoders(
+        latent_size, width, seismic_shape, velocity_shape, layout, legacy_alignment
+    )
     return GFIModel(parts[0], parts[1], translation, *parts[2:], direction=direction)
 
 
@@ -228,6 +231,7 @@ def invertible_xnet(
     seismic_shape: tuple[int, int, int] = (5, 1000, 70),
     velocity_shape: tuple[int, int] = (70, 70),
     layout: int | None = None,
+    legacy_alignment: bool = False,
     memory_efficient: bool = False,
 ) -> GFIModel:
     """Invertible X-Net: one invertible U-Net that translates both ways.
@@ -242,6 +246,8 @@ def invertible_xnet(
         Couplings a level.
     width, seismic_shape, velocity_shape, layout
         As in `latent_unet`.
+    legacy_alignment : bool, default=False
+        Whether strides of two skip receivers, as published. See `SeismicDecoder`.
     memory_efficient : bool, default=False
         Whether the backward pass recomputes by inversion instead of storing.
 
@@ -266,7 +272,9 @@ def invertible_xnet(
         padding="crop" if latent_size % 2 ** (len(architecture) - 1) else "error",
         memory_efficient=memory_efficient,
     )
-    parts = _autoencoders(latent_size, width, seismic_shape, velocity_shape, layout)
+    parts = _autoencoders(
+        latent_size, width, seismic_shape, velocity_shape, layout, legacy_alignment
+    )
     return GFIModel(parts[0], parts[1], translation, *parts[2:], direction="both")
 
 
@@ -276,10 +284,23 @@ def _autoencoders(
     seismic_shape: tuple[int, int, int],
     velocity_shape: tuple[int, int],
     layout: int | None,
+    legacy_alignment: bool = False,
 ) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
     return (
         VelocityEncoder(latent_size, width=width, layout=layout),
-        SeismicEncoder(latent_size, seismic_shape[0], width=width, layout=layout),
+        SeismicEncoder(
+            latent_size,
+            seismic_shape[0],
+            width=width,
+            layout=layout,
+            legacy_alignment=legacy_alignment,
+        ),
         VelocityDecoder(latent_size, velocity_shape, width=width, layout=layout),
-        SeismicDecoder(latent_size, seismic_shape, width=width, layout=layout),
+        SeismicDecoder(
+            latent_size,
+            seismic_shape,
+            width=width,
+            layout=layout,
+            legacy_alignment=legacy_alignment,
+        ),
     )

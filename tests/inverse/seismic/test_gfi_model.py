@@ -98,6 +98,32 @@ def test_published_baselines():
     assert count(fno()) == 7_382_021
 
 
+@pytest.mark.parametrize("size", [32, 16, 8])
+def test_strides_of_two_lose_no_receiver(size):
+    """As published, decoders leave columns constant and encoders see every other receiver."""
+    torch.manual_seed(0)
+    latents = torch.randn(2, 8, size, size)
+    recordings = torch.randn(2, 5, 250, 70)
+    changed = recordings.clone()
+    changed[..., 1::2] = torch.randn(2, 5, 250, 35)
+    for legacy in (True, False):
+        decoder = SeismicDecoder(size, (5, 250, 70), width=8, legacy_alignment=legacy).eval()
+        encoder = SeismicEncoder(size, width=8, legacy_alignment=legacy).eval()
+        with torch.no_grad():
+            # Up to the last convolution, which alone reaches from column to column.
+            a, b = decoder.layers[:-1](latents)
+            blind = (a == b).all(dim=(0, 1)).float().mean()
+            reaction = (encoder(recordings) - encoder(changed)).abs().max()
+        if legacy:
+            assert blind == pytest.approx(1 - 1 / (64 // size), abs=0.02)
+            assert reaction == 0
+        else:
+            assert blind == 0
+            assert reaction > 0
+        assert count(decoder) == count(SeismicDecoder(size, (5, 250, 70), width=8))
+        assert count(encoder) == count(SeismicEncoder(size, width=8))
+
+
 def test_unet_sizes():
     x = torch.randn(1, 4, 70, 70, generator=torch.Generator().manual_seed(0))
     legacy, ours = (UNetTranslation(4, legacy_alignment=a) for a in (True, False))
@@ -189,4 +215,6 @@ def test_missing_parts_are_named():
         GFIModel(part, part, part, part, part, direction="sideways")
     with pytest.raises(ValueError, match="latent_size .*48"):
         latent_unet(latent_size=48)
+    with pytest.raises(ValueError, match=r"\(batch, 2, height, width\), got \(1, 3, 100, 16\)"):
+        latent_unet(latent_size=16, width=4, repeats=1, **SMALL)(torch.zeros(1, 3, 100, 16))
     assert latent_unet(latent_size=48, layout=32, width=4, repeats=1, **SMALL)
