@@ -15,7 +15,7 @@ from .gfi_model import GFIModel, invertible_xnet, latent_unet
 from .gfi_regressor import GFIRegressor
 from .gfi_training import critic_loss, train_gfi
 from .invertible_unet import InvertibleUNet, cayley
-from .metrics import openfwi_ssim, velocity_metrics
+from .metrics import openfwi_ssim, seismic_metrics, velocity_metrics
 from .openfwi import (
     OPENFWI_STATISTICS,
     OpenFWIDataset,
@@ -79,6 +79,7 @@ __all__ = [
     "refine",
     "ricker",
     "seismic_dataset",
+    "seismic_metrics",
     "standardize_seismic",
     "train_gfi",
     "velocity_gan",

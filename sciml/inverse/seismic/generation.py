@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+from ... import __version__
 from ..._check import check_choice, check_integer
 from .acoustic_wave import AcousticWavePhysics
 from .openfwi import seismic_dataset
@@ -38,6 +39,7 @@ __all__ = ["make_openfwi_like", "open_shards"]
 
 _MANIFEST = "dataset.json"
 _SUFFIX = {"netcdf": ".nc", "zarr": ".zarr"}
+_N_ABSORBING = 20  # cells of the absorbing layer
 
 
 def make_openfwi_like(
@@ -120,7 +122,7 @@ def make_openfwi_like(
         parts = list(tqdm(results, total=len(shards), disable=not verbose, unit="shard"))
         velocity = np.concatenate([part[0] for part in parts])
         seismic = np.concatenate([part[1] for part in parts])
-        return seismic_dataset(seismic, velocity, survey).assign_attrs(kind=kind, seed=seed)
+        return seismic_dataset(seismic, velocity, survey).assign_attrs(_about(kind, seed))
 
     folder = Path(path)
     seed = _claim(
@@ -194,7 +196,7 @@ def _simulate(
     kind: str, first: int, count: int, shape: tuple[int, int], seed: int, survey: Survey
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     velocity = make_velocity_maps(kind, count, shape=shape, random_state=seed, first_sample=first)
-    physics = AcousticWavePhysics(survey)
+    physics = AcousticWavePhysics(survey, pml_width=_N_ABSORBING)
     seismic = np.empty((count, survey.n_shots, survey.nt, survey.n_receivers), dtype=np.float32)
     # One thread a process: the loops are short and threads would wait for each other.
     threads = torch.get_num_threads()
@@ -220,7 +222,7 @@ def _write_shard(
 ) -> None:
     velocity, seismic = _simulate(kind, first, count, shape, seed, survey)
     dataset = seismic_dataset(seismic, velocity, survey, first_sample=first)
-    dataset = dataset.assign_attrs(kind=kind, seed=seed)
+    dataset = dataset.assign_attrs(_about(kind, seed))
     target = _shard_path(folder, first, format)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     if format == "zarr":
@@ -258,6 +260,16 @@ def _claim(
         else:
             leftover.unlink()
     return int(begun["seed"])
+
+
+def _about(kind: str, seed: int) -> dict[str, Any]:
+    """Attributes that say how the samples were made."""
+    return {
+        "kind": kind,
+        "seed": seed,
+        "n_absorbing": _N_ABSORBING,
+        "generator": f"sciml-kit {__version__}",
+    }
 
 
 def _shard_path(folder: Path, first: int, format: str) -> Path:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._check import check_finite, check_interval
-from .openfwi import denormalize_velocity
+from .openfwi import SeismicStatistics, denormalize_velocity
 
-__all__ = ["openfwi_ssim", "velocity_metrics"]
+__all__ = ["openfwi_ssim", "seismic_metrics", "velocity_metrics"]
 
 
 def openfwi_ssim(prediction: Tensor, target: Tensor) -> Tensor:
@@ -113,6 +113,55 @@ def velocity_metrics(
         "rmse": float(error.square().mean().sqrt()),
         "mae_m_s": float(physical.abs().mean()),
         "rmse_m_s": float(physical.square().mean().sqrt()),
+        "ssim": float(openfwi_ssim(prediction, target).mean()),
+    }
+
+
+def seismic_metrics(
+    prediction: Tensor, target: Tensor, statistics: SeismicStatistics
+) -> dict[str, float]:
+    """Mean absolute, root mean square and relative error and SSIM of standardised recordings.
+
+    Parameters
+    ----------
+    prediction, target : Tensor of shape (batch, n_shots, nt, n_receivers)
+        Recordings standardised with `statistics`.
+    statistics : SeismicStatistics
+        Mean and standard deviation that 0 and 1 stand for.
+
+    Returns
+    -------
+    dict
+        ``mae`` and ``rmse`` (standardised), ``mae_pressure`` and ``rmse_pressure`` (units of the
+        recordings), ``relative`` (root mean square error over that of the recordings), and
+        ``ssim``: the published one, whose constants are those of maps in [-1, 1] although
+        recordings have a wider range.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or a value is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sciml.inverse.seismic import OPENFWI_STATISTICS, seismic_metrics
+    >>> target = torch.randn(2, 5, 100, 70, generator=torch.Generator().manual_seed(0))
+    >>> metrics = seismic_metrics(target + 0.1, target, OPENFWI_STATISTICS["flat_vel_a"])
+    >>> round(metrics["mae"], 4), round(metrics["mae_pressure"], 4)
+    (0.1, 0.148)
+    """
+    _check_pair(prediction, target)
+    check_interval("statistics.std", statistics.std, 0, closed="neither")
+    error = prediction - target
+    mae, rmse = float(error.abs().mean()), float(error.square().mean().sqrt())
+    recorded = target * statistics.std + statistics.mean
+    return {
+        "mae": mae,
+        "rmse": rmse,
+        "mae_pressure": statistics.std * mae,
+        "rmse_pressure": statistics.std * rmse,
+        "relative": statistics.std * rmse / float(recorded.square().mean().sqrt()),
         "ssim": float(openfwi_ssim(prediction, target).mean()),
     }
 

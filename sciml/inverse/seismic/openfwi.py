@@ -13,6 +13,7 @@ References
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -368,7 +369,8 @@ def _read_annotation(path: Path) -> list[tuple[str, str]]:
 def _find_pairs(folder: Path) -> list[tuple[Path, Path]]:
     pairs = []
     for data_prefix, model_prefix in (("data", "model"), ("seis", "vel")):
-        for data_file in sorted([*folder.glob(f"{data_prefix}*.npy"), *folder.glob("data/*.npy")]):
+        found = [*folder.glob(f"{data_prefix}*.npy"), *folder.glob("data/*.npy")]
+        for data_file in sorted(found, key=_by_number):
             if not data_file.name.startswith(data_prefix):
                 continue
             name = model_prefix + data_file.name[len(data_prefix) :]
@@ -380,6 +382,11 @@ def _find_pairs(folder: Path) -> list[tuple[Path, Path]]:
     if not pairs:
         raise FileNotFoundError(f"{folder} holds no data*.npy or seis*.npy files")
     return pairs
+
+
+def _by_number(path: Path) -> tuple[str, list[int], str]:
+    """Sort key that puts data10.npy after data2.npy."""
+    return str(path.parent), [int(digits) for digits in re.findall(r"\d+", path.stem)], path.name
 
 
 def _open_pair(data_file: Path, model_file: Path) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -101,6 +101,21 @@ def test_vjp_equals_finite_differences():
     assert not velocity.requires_grad
 
 
+def test_gradient_of_the_data_term_of_deepinv():
+    from deepinv.optim import L2
+
+    velocity = torch.as_tensor(make_velocity_maps("curve_vel_a", 1, shape=(32, 32), random_state=0))
+    velocity = velocity[:, None]
+    physics = AcousticWavePhysics(SMALL)
+    seismic = physics.A(velocity)
+    start = torch.full_like(velocity, 2500.0)
+    expected = physics.A_vjp(start, physics.A(start) - seismic)
+    torch.testing.assert_close(L2().grad(start, seismic, physics), expected)
+    # A small step against it lowers the misfit: full-waveform inversion by gradient descent.
+    descended = start - 1.0 * expected / expected.abs().max()
+    assert L2()(descended, seismic, physics) < L2()(start, seismic, physics)
+
+
 def test_noise_model_acts_in_forward_only():
     from deepinv.physics import GaussianNoise
 

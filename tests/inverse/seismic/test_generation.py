@@ -24,7 +24,11 @@ def test_dataset_is_described(expected):
     assert expected["seismic"].dtype == np.float32
     assert expected.attrs["kind"] == "curve_vel_b"
     assert expected.attrs["seed"] == 3
+    assert expected.attrs["n_absorbing"] == 20
+    assert expected.attrs["generator"].startswith("sciml-kit")
     assert expected["velocity"].attrs["units"] == "m s-1"
+    for name, unit in (("time", "s"), ("receiver_x", "m"), ("source_x", "m"), ("depth", "m")):
+        assert expected[name].attrs["units"] == unit
     assert float(np.abs(expected["seismic"]).max()) > 1
 
 
@@ -59,21 +63,29 @@ def test_missing_shards_are_made_and_others_kept(tmp_path, expected):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_survives_kill(tmp_path, expected):
+def test_survives_kill(tmp_path):
+    n = 60
     code = (
         "from sciml.inverse.seismic import Survey, make_openfwi_like\n"
         "survey = Survey.line(16, n_shots=2, dx=20.0, dt=2e-3, nt=100, peak_frequency=10.0)\n"
-        f"make_openfwi_like('curve_vel_b', 7, survey=survey, shape=(16, 16), random_state=3,\n"
+        f"make_openfwi_like('curve_vel_b', {n}, survey=survey, shape=(16, 16), random_state=3,\n"
         f"    path={str(tmp_path)!r}, shard_size=1)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.nc")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while (
+        not list(tmp_path.glob("*.nc")) and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob("*.nc"))
-    made = make_openfwi_like("curve_vel_b", 7, path=tmp_path, shard_size=1, **SMALL)
+    written = list(tmp_path.glob("*.nc"))
+    assert 0 < len(written) < n
+    before = {file: file.stat().st_mtime_ns for file in written}
+    made = make_openfwi_like("curve_vel_b", n, path=tmp_path, shard_size=1, **SMALL)
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    expected = make_openfwi_like("curve_vel_b", n, shard_size=1, **SMALL)
+    np.testing.assert_array_equal(made["velocity"], expected["velocity"])
     np.testing.assert_array_equal(made["seismic"], expected["seismic"])
 
 

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from sciml.inverse.seismic import openfwi_ssim, velocity_metrics
+from sciml.inverse.seismic import (
+    SeismicStatistics,
+    openfwi_ssim,
+    seismic_metrics,
+    velocity_metrics,
+)
 
 
 def noisy_pair(size=24):
@@ -70,6 +75,31 @@ def test_errors_in_both_units():
     assert metrics["rmse_m_s"] == pytest.approx(1500 * metrics["rmse"])
 
 
+def test_seismic_metrics_in_both_units():
+    a, b = noisy_pair()
+    statistics = SeismicStatistics(0.25, 1.5)
+    metrics = seismic_metrics(a, b, statistics)
+    raw_a, raw_b = (statistics.std * x + statistics.mean for x in (a, b))
+    assert metrics["mae"] == pytest.approx((a - b).abs().mean().item())
+    assert metrics["mae_pressure"] == pytest.approx((raw_a - raw_b).abs().mean().item())
+    assert metrics["rmse_pressure"] == pytest.approx(1.5 * metrics["rmse"])
+    assert metrics["relative"] == pytest.approx(((raw_a - raw_b).norm() / raw_b.norm()).item())
+    assert metrics["ssim"] == pytest.approx(openfwi_ssim(a, b).mean().item())
+    assert seismic_metrics(b, b, statistics)["mae"] == 0
+
+
+def test_ssim_differs_from_torchmetrics_and_by_the_border_only():
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    a, b = noisy_pair(64)
+    theirs = structural_similarity_index_measure(
+        a / 2 + 0.5, b / 2 + 0.5, kernel_size=11, sigma=1.5, data_range=1.0
+    ).item()
+    ours = openfwi_ssim(a, b).mean().item()
+    assert ours != pytest.approx(theirs, abs=1e-4)
+    assert ours == pytest.approx(theirs, abs=0.02)
+
+
 def test_bad_input_is_named():
     a, b = noisy_pair()
     with pytest.raises(ValueError, match="same shape"):
@@ -78,3 +108,5 @@ def test_bad_input_is_named():
         openfwi_ssim(a * np.nan, b)
     with pytest.raises(ValueError, match="high .*1000"):
         velocity_metrics(a, b, high=1000.0)
+    with pytest.raises(ValueError, match=r"statistics.std .*0"):
+        seismic_metrics(a, b, SeismicStatistics(0.0, 0.0))

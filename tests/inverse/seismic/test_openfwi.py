@@ -75,6 +75,15 @@ def test_open_folder_as_xarray(folder):
     np.testing.assert_array_equal(lazy["seismic"], dataset["seismic"])
 
 
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
+    for i in (10, 2, 1):
+        np.save(tmp_path / f"data{i}.npy", np.full((1, 2, 50, 16), i, "f4"))
+        np.save(tmp_path / f"model{i}.npy", np.full((1, 1, 16, 16), 2000.0 + i, "f4"))
+    dataset = open_openfwi(tmp_path, survey=SURVEY)
+    assert dataset["seismic"][:, 0, 0, 0].values.tolist() == [1, 2, 10]
+    assert dataset["velocity"][:, 0, 0].values.tolist() == [2001, 2002, 2010]
+
+
 def test_fault_names_and_separate_folders(tmp_path):
     for sub in ("data", "model"):
         (tmp_path / "vel" / sub).mkdir(parents=True)
