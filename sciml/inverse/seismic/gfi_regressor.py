@@ -57,6 +57,11 @@ class GFIRegressor(RegressorMixin, BaseEstimator):
     seismic_transform : {"standardize", "signed_log"}, default="standardize"
         Scaling of the recordings. "signed_log" applies ``sign(p) log(1 + |p|)`` first, which
         makes late, weak arrivals count.
+    seismic_center : {"gather", "mean"}, default="gather"
+        What is subtracted from the recordings: the mean gather of the training samples, or, as
+        published, their overall mean. Convolutions do not know where they are, so a forward
+        network must first learn the mean gather from the borders of its images; subtracting it
+        spares that.
     velocity_range : (float, float), default=(1500.0, 4500.0)
         Velocities in m/s that are mapped to -1 and 1.
     validation_fraction : float, default=0.1
@@ -74,8 +79,10 @@ class GFIRegressor(RegressorMixin, BaseEstimator):
         The trained model, in evaluation mode.
     history_ : list of dict
         As `train_gfi` returns.
-    seismic_mean_, seismic_std_ : float
-        Statistics of the (transformed) training recordings.
+    seismic_mean_ : float or ndarray of shape (n_shots, nt, n_receivers)
+        What is subtracted from the (transformed) recordings, see `seismic_center`.
+    seismic_std_ : float
+        Standard deviation of the training recordings after that.
 
     Notes
     -----
@@ -109,6 +116,7 @@ class GFIRegressor(RegressorMixin, BaseEstimator):
         learning_rate: float = 1e-3,
         halve_every: int | None = None,
         seismic_transform: str = "standardize",
+        seismic_center: str = "gather",
         velocity_range: tuple[float, float] = (1500.0, 4500.0),
         validation_fraction: float = 0.1,
         checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -123,6 +131,7 @@ class GFIRegressor(RegressorMixin, BaseEstimator):
         self.learning_rate = learning_rate
         self.halve_every = halve_every
         self.seismic_transform = seismic_transform
+        self.seismic_center = seismic_center
         self.velocity_range = velocity_range
         self.validation_fraction = validation_fraction
         self.checkpoint_dir = checkpoint_dir
@@ -151,20 +160,25 @@ class GFIRegressor(RegressorMixin, BaseEstimator):
             If shapes, dims, units or values are not as expected.
         """
         check_choice("seismic_transform", self.seismic_transform, ("standardize", "signed_log"))
+        check_choice("seismic_center", self.seismic_center, ("gather", "mean"))
         check_interval("validation_fraction", self.validation_fraction, 0, 0.9)
         recorded = self._transform(_plain("seismic", seismic))
         true = _plain("velocity", velocity)
         check_same_length(seismic=recorded, velocity=true)
         _warn_outside(true, *self.velocity_range)
-        self.seismic_mean_, self.seismic_std_ = float(recorded.mean()), float(recorded.std())
+        gather = self.seismic_center == "gather"
+        self.seismic_mean_ = recorded.mean(axis=0) if gather else float(recorded.mean())
+        centred = recorded - self.seismic_mean_
+        self.seismic_std_ = float(centred.std())
         check_interval("standard deviation of seismic", self.seismic_std_, 0, closed="neither")
-        p = torch.from_numpy((recorded - self.seismic_mean_) / self.seismic_std_)
+        p = torch.from_numpy(centred / self.seismic_std_)
         v = torch.from_numpy(normalize_velocity(true, *self.velocity_range))[:, None]
 
         with torch.random.fork_rng():
             torch.manual_seed(self.random_state)
             model = self._build(tuple(p.shape[1:]), tuple(v.shape[2:]))
         order = np.random.default_rng(self.random_state).permutation(len(p))
+        self._shapes = {"seismic": recorded.shape[1:], "velocity": true.shape[1:]}
         held_out = round(self.validation_fraction * len(p))
         # TensorDataset is typed for any number of tensors.
         pairs: list[Any] = [TensorDataset(p[i], v[i]) for i in (order[held_out:], order[:held_out])]
@@ -261,6 +275,12 @@ class GFIRegressor(RegressorMixin, BaseEstimator):
 
     def _predict(self, X: Any, source: str) -> Any:
         values = _plain(source, X)
+        if values.shape[1:] != self._shapes[source]:
+            raise ValueError(
+                f"{source} must have the shape of fit, (n_samples, "
+                f"{', '.join(map(str, self._shapes[source]))}), got {values.shape}"
+            )
+        self._check_coordinates(source, X)
         if source == "seismic":
             values = (self._transform(values) - self.seismic_mean_) / self.seismic_std_
             call = self.model_.predict_velocity
@@ -286,6 +306,18 @@ class GFIRegressor(RegressorMixin, BaseEstimator):
         coords |= {n: c for n, c in X.coords.items() if c.dims == ("sample",)}
         attrs = {"units": "m s-1" if kind == "velocity" else "1"}
         return xr.DataArray(values, dims=_DIMS[kind], coords=coords, attrs=attrs, name=kind)
+
+    def _check_coordinates(self, kind: str, X: Any) -> None:
+        """A network has learned one sampling and one geometry; others would give wrong answers."""
+        for name, fitted in self._coordinates[kind].items():
+            is_number = np.issubdtype(fitted.dtype, np.number)
+            if is_number and hasattr(X, "coords") and name in X.coords:
+                given = X.coords[name]
+                if given.shape != fitted.shape or not np.allclose(given, fitted):
+                    raise ValueError(
+                        f"{name} of {kind} must be that of fit, from {float(fitted[0]):g} to "
+                        f"{float(fitted[-1]):g}, got {float(given[0]):g} to {float(given[-1]):g}"
+                    )
 
     def _build(self, seismic_shape: Any, velocity_shape: Any) -> GFIModel:
         if isinstance(self.model, GFIModel):

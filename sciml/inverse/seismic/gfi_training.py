@@ -201,6 +201,12 @@ def train_gfi(
         "batch_size": batch_size,
         "random_state": random_state,
         "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "halve_every": halve_every,
+        "optimizer": optimizer.__name__,
+        "labelled_fraction": labelled_fraction,
+        "critic_steps": critic_steps if critic is not None else None,
+        "samples": len(cast(Sized, dataset)),
         "parameters": sum(p.numel() for p in own),
     }
     history: list[dict[str, float]] = []

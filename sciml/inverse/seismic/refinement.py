@@ -2,15 +2,15 @@
 
 A network is fast and roughly right; the wave equation knows exactly how wrong it still is. A
 few steps of descent on the data misfit, with the gradient through the wave equation, finish
-what the network began, with a learned denoiser as prior if there is one [1]_. Data are fitted
-from low frequencies to high [2]_: at full bandwidth a start that is half a wavelength off is
+what the network began, with a learned denoiser as prior if there is one [2]_. Data are fitted
+from low frequencies to high [1]_: at full bandwidth a start that is half a wavelength off is
 drawn to the wrong cycle.
 
 References
 ----------
-.. [2] C. Bunks, F. M. Saleck, S. Zaleski, G. Chavent, "Multiscale seismic waveform inversion",
+.. [1] C. Bunks, F. M. Saleck, S. Zaleski, G. Chavent, "Multiscale seismic waveform inversion",
    Geophysics 60, 1995.
-.. [1] S. V. Venkatakrishnan, C. A. Bouman, B. Wohlberg, "Plug-and-play priors for model based
+.. [2] S. V. Venkatakrishnan, C. A. Bouman, B. Wohlberg, "Plug-and-play priors for model based
    reconstruction", GlobalSIP 2013.
 """
 
@@ -94,6 +94,10 @@ def refine(
     ------
     ValueError
         If shapes do not fit the survey, values are not finite, or an argument is out of range.
+
+    References
+    ----------
+    .. [1] C. Bunks et al., "Multiscale seismic waveform inversion", Geophysics 60, 1995.
 
     Examples
     --------

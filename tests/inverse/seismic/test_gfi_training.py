@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from sciml.inverse.seismic import (
     GFILoss,
+    GFIModel,
     GFIRegressor,
     Survey,
     VelocityCritic,
@@ -153,8 +154,8 @@ t.train_gfi(t.small_net(), t.pairs(), epochs=100000, batch_size=4, checkpoint_di
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     last = tmp_path / "last.safetensors"
-    deadline = time.monotonic() + 60
-    while not last.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGKILL)
@@ -166,6 +167,110 @@ t.train_gfi(t.small_net(), t.pairs(), epochs=100000, batch_size=4, checkpoint_di
     train_gfi(resumed, pairs(), epochs=done + 2, batch_size=4, resume_from=last)
     train_gfi(whole, pairs(), epochs=done + 2, batch_size=4)
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+class Zero(torch.nn.Module):
+    def forward(self, x):
+        return 0 * x
+
+
+def linear_model():
+    """Flattened recordings to a map, with no batch normalisation."""
+
+    class ToMap(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(2 * 100 * 16, 256)
+
+        def forward(self, x):
+            return self.linear(x.flatten(1)).reshape(-1, 1, 16, 16)
+
+    torch.manual_seed(0)
+    identity = torch.nn.Identity()
+    return GFIModel(None, identity, identity, ToMap(), None)
+
+
+def test_gradients_accumulate_as_by_hand():
+    from accelerate import Accelerator
+
+    trained, by_hand = linear_model(), linear_model()
+    data = pairs(8)
+    train_gfi(
+        trained,
+        data,
+        epochs=1,
+        batch_size=2,
+        learning_rate=0.1,
+        optimizer=torch.optim.SGD,
+        accelerator=Accelerator(gradient_accumulation_steps=2, cpu=True),
+    )
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    p, v = (tensor[order] for tensor in data.tensors)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for half in (slice(0, 4), slice(4, 8)):
+        optimizer.zero_grad()
+        for a, b in zip(p[half].split(2), v[half].split(2), strict=True):
+            (masked_error(by_hand(a), b) / 2).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights(trained), weights(by_hand))
+
+
+def test_mixed_precision_keeps_float32_weights():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    exact, mixed = small_net(), small_net()
+    train_gfi(exact, pairs(), epochs=2, batch_size=4)
+    AcceleratorState._reset_state()
+    train_gfi(
+        mixed,
+        pairs(),
+        epochs=2,
+        batch_size=4,
+        accelerator=Accelerator(mixed_precision="bf16", cpu=True),
+    )
+    AcceleratorState._reset_state()
+    assert weights(mixed).dtype == torch.float32
+    assert not torch.equal(weights(mixed), weights(exact))
+    torch.testing.assert_close(weights(mixed), weights(exact), atol=0.02, rtol=0.1)
+
+
+def _train_in_two_processes(folder):
+    net = linear_model()
+    train_gfi(
+        net,
+        pairs(8),
+        epochs=2,
+        batch_size=2,
+        optimizer=torch.optim.SGD,
+        checkpoint_dir=folder,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    from accelerate import debug_launcher
+
+    from sciml._checkpoint import load_checkpoint
+
+    debug_launcher(_train_in_two_processes, (str(tmp_path),), num_processes=2)
+    tensors, _ = load_checkpoint(tmp_path / "last.safetensors")
+    # Two processes with batches of 2 average their gradients: one process that accumulates two.
+    from accelerate import Accelerator
+
+    alone = linear_model()
+    train_gfi(
+        alone,
+        pairs(8),
+        epochs=2,
+        batch_size=2,
+        optimizer=torch.optim.SGD,
+        accelerator=Accelerator(gradient_accumulation_steps=2, cpu=True),
+    )
+    together = torch.cat(
+        [tensors[f"step.model.{name}"].flatten() for name, _ in alone.named_parameters()]
+    )
+    torch.testing.assert_close(together, weights(alone), atol=1e-6, rtol=1e-5)
 
 
 def test_best_weights_are_restored(tmp_path):
@@ -259,17 +364,41 @@ def test_regressor_on_data_arrays(data):
     assert fitted.score(data["seismic"], data["velocity"]) == pytest.approx(-metrics["mae_m_s"])
 
 
+def test_regressor_refuses_another_geometry(data):
+    fitted = GFIRegressor(partial(inversion_net, width=2), epochs=1, batch_size=4)
+    fitted.fit(data["seismic"], data["velocity"])
+    with pytest.raises(ValueError, match=r"seismic must have the shape of fit, .*2, 100, 16\)"):
+        fitted.predict(data["seismic"][:, :1])
+    finer = data["seismic"].assign_coords(time=data["time"] / 2)
+    with pytest.raises(ValueError, match=r"time of seismic must be that of fit, .* 0.198, got .*"):
+        fitted.predict(finer)
+    kilometres = data["seismic"].assign_coords(receiver_x=data["receiver_x"] / 1000)
+    with pytest.raises(ValueError, match="receiver_x of seismic must be that of fit"):
+        fitted.predict(kilometres)
+
+
+@pytest.mark.parametrize("center", ["gather", "mean"])
 @pytest.mark.parametrize("transform", ["standardize", "signed_log"])
-def test_regressor_forward(data, transform):
+def test_regressor_forward(data, transform, center):
     regressor = GFIRegressor(
         lambda seismic_shape, velocity_shape: waveform_net(width=2, seismic_shape=seismic_shape),
         epochs=1,
         batch_size=4,
         seismic_transform=transform,
+        seismic_center=center,
     ).fit(data["seismic"], data["velocity"])
     predicted = regressor.predict(data["velocity"])
     assert predicted.dims == data["seismic"].dims
     np.testing.assert_array_equal(predicted["time"], data["time"])
+    # A network that answers 0 gives what was subtracted.
+    regressor.model_.decoder_p = torch.nn.Sequential(regressor.model_.decoder_p, Zero())
+    zero = regressor.predict(data["velocity"]).values
+    p = data["seismic"].values
+    logged = np.sign(p) * np.log1p(np.abs(p)) if transform == "signed_log" else p
+    mean = logged.mean(axis=0 if center == "gather" else None)
+    if transform == "signed_log":
+        mean = np.sign(mean) * np.expm1(np.abs(mean))
+    np.testing.assert_allclose(zero, np.broadcast_to(mean, p.shape), atol=1e-4)
     with pytest.raises(ValueError, match="'forward' cannot predict velocity"):
         regressor.model_.predict_velocity(torch.zeros(1, 2, 100, 16))
 
@@ -299,6 +428,8 @@ def test_regressor_bad_input_is_named(data):
             regressor.fit(*arguments)
     with pytest.warns(UserWarning, match="far outside velocity_range"):
         regressor.fit(p, v * 3)
+    with pytest.raises(ValueError, match="seismic_center .*'median'"):
+        GFIRegressor(seismic_center="median").fit(p, v)
     with pytest.raises(ValueError, match="seismic_transform .*'log'"):
         GFIRegressor(seismic_transform="log").fit(p, v)
 
