@@ -75,7 +75,7 @@ survey = Survey.line(32, n_shots=2, dx=20.0, dt=2e-3, nt=300, peak_frequency=8.0
 data = make_openfwi_like("flat_vel_a", 140, survey=survey, shape=(32, 32), random_state=0)
 train, test = data.isel(sample=slice(0, 120)), data.isel(sample=slice(120, None))
 model = GFIRegressor(
-    partial(invertible_xnet, latent_size=16, width=16, architecture=(2, 2, 2)),
+    partial(invertible_xnet, latent_size=16, layout=32, width=16, architecture=(2, 2, 2)),
     loss=GFILoss(),
     epochs=25,
     batch_size=20,
