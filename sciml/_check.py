@@ -68,9 +68,19 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 
 
 def check_finite(name: str, array: Any) -> None:
-    """Raise ValueError when an array (NumPy, torch, CuPy) holds NaN or infinity."""
+    """Raise ValueError when an array (NumPy, torch, CuPy) holds NaN or infinity.
+
+    A sum is finite only if all its terms are, and needs no array of flags; where it is not, which
+    overflow may cause too, the entries are looked at one by one.
+    """
     library = type(array).__module__.partition(".")[0]
     xp = sys.modules[library] if library in ("torch", "cupy") else np
+    dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
+    if dtype.startswith(("float", "bfloat", "complex")):
+        values = array.detach() if library == "torch" else array
+        with np.errstate(over="ignore", invalid="ignore"):
+            if bool(xp.isfinite(values.sum())):
+                return
     if not bool(xp.isfinite(array).all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity among its values")
 

@@ -1,5 +1,7 @@
 """Argument checks name the argument, the value and the expectation."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,25 @@ from sciml._check import (
 def test_bad_values_are_named(check, error, message):
     with pytest.raises(error, match=message):
         check()
+
+
+@pytest.mark.parametrize("bad", [[np.inf, -np.inf], [1.0, np.nan], [-np.inf, 1.0]])
+@pytest.mark.parametrize("make", [np.array, np.float32, torch.tensor, lambda a: np.array(a) + 1j])
+def test_what_is_not_finite_is_found(make, bad):
+    with pytest.raises(ValueError, match="X .*finite"):
+        check_finite("X", make(bad))
+
+
+def test_finite_values_may_have_an_infinite_sum_and_need_no_flags():
+    check_finite("X", np.full(2, 3e38, np.float32))
+    check_finite("X", torch.full((2,), 6e4, dtype=torch.float16))
+    check_finite("X", np.zeros((0, 3)))
+    X = np.ones((1000, 1000))
+    tracemalloc.start()
+    check_finite("X", X)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < X.size // 10
 
 
 def test_good_values_pass():
