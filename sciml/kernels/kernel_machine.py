@@ -18,7 +18,7 @@ Support Vector Machine", NeurIPS 2021, arXiv:2111.06063.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -28,6 +28,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process.kernels import Kernel
 from sklearn.utils import Tags
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -253,6 +254,9 @@ class KernelMachineClassifier(ClassifierMixin, _KernelMachine):
     max_iter : int, default=1000
         Largest number of iterations of the solver a problem: rounds of n coordinate updates and
         some Newton steps, or Newton steps for "logistic". "squared" needs none.
+    class_weight : dict or "balanced", default=None
+        Weight of each class, which multiplies `sample_weight`; "balanced" is
+        ``n / (n_classes * number in the class)``, as in scikit-learn.
     verbose : bool, default=False
         Whether to show a progress bar over the problems.
 
@@ -291,9 +295,6 @@ class KernelMachineClassifier(ClassifierMixin, _KernelMachine):
     computed in float64 also from a float32 kernel matrix. Where training samples coincide the
     coefficients are not unique, but their sum and f are.
 
-    Weigh classes by their frequency with
-    ``sample_weight=sklearn.utils.class_weight.compute_sample_weight("balanced", y)``.
-
     References
     ----------
     Chen et al., "On the Equivalence between Neural Network and Support Vector Machine",
@@ -320,6 +321,7 @@ class KernelMachineClassifier(ClassifierMixin, _KernelMachine):
         coef0: float = 1.0,
         tol: float = 1e-6,
         max_iter: int = 1000,
+        class_weight: Mapping[Any, float] | str | None = None,
         verbose: bool = False,
     ) -> None:
         self.kernel = kernel
@@ -330,6 +332,7 @@ class KernelMachineClassifier(ClassifierMixin, _KernelMachine):
         self.coef0 = coef0
         self.tol = tol
         self.max_iter = max_iter
+        self.class_weight = class_weight
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -364,6 +367,8 @@ class KernelMachineClassifier(ClassifierMixin, _KernelMachine):
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
         weight = _check_weights(sample_weight, len(X))
+        if self.class_weight is not None:
+            weight = weight * compute_sample_weight(self.class_weight, y)
         self.classes_, index = np.unique(y, return_inverse=True)
         if len(np.unique(y[weight > 0])) < 2:
             raise ValueError(
