@@ -82,13 +82,22 @@ def concatenate(parts: Sequence[Array], axis: int = 0) -> Array:
 
 def take(rows: Array, at: np.ndarray[Any, np.dtype[np.int64]]) -> Array:
     """Return the rows at some positions."""
-    if array_library(rows) == "torch":
+    library = array_library(rows)
+    if library == "torch":
         import torch
 
         return rows[torch.as_tensor(at, device=rows.device)]
+    if library == "cupy":
+        import cupy
+
+        return rows[cupy.asarray(at)]
     return rows[at]
 
 
 def copy_rows(rows: Array) -> Array:
     """Copy rows, so that they do not keep the array alive which they were taken from."""
-    return rows.clone() if array_library(rows) == "torch" else np.array(rows, copy=True)
+    library = array_library(rows)
+    if library == "torch":
+        return rows.clone()
+    # The copy of a memory map by its own method would again be a memory map.
+    return rows.copy() if library == "cupy" else np.array(rows, copy=True)

@@ -87,6 +87,9 @@ def apply_epilogue(name: str, S: Any, qx: Any, qy: Any, params: tuple[Any, ...])
     """Overwrite the first ``len(qy)`` columns of S by kernel values."""
     if name == "arc_cosine":
         name, params = f"arc_cosine_{params[0]}", ()
+    if name == "network":
+        *others, tangent = params
+        params = (*others, float(tangent))
     tile = S[:, : len(qy)]
     _kernel(name)(tile, qx[:, None], qy, *params, tile)
 

@@ -17,7 +17,6 @@ __all__ = [
     "eigh",
     "inverse_diagonal",
     "kernel_cholesky",
-    "matmul",
     "solve_lower",
 ]
 
@@ -29,21 +28,6 @@ def add_to_diagonal(matrix: Array, values: Any) -> None:
     else:
         diagonal = matrix.diagonal()
     diagonal += values
-
-
-def matmul(a: Array, b: Array, out: Array) -> None:
-    """Write ``a @ b`` to `out`."""
-    library = array_library(a)
-    if library == "torch":
-        import torch
-
-        torch.matmul(a, b, out=out)
-    elif library == "cupy":
-        import cupy
-
-        cupy.matmul(a, b, out=out)
-    else:
-        np.matmul(a, b, out=out)
 
 
 def cholesky(matrix: Array) -> Array:
@@ -64,11 +48,10 @@ def cholesky(matrix: Array) -> Array:
         return factor
     if library == "cupy":
         import cupy
+        import cupyx
 
-        factor = cupy.linalg.cholesky(matrix)
-        if not bool(cupy.isfinite(factor).all()):
-            raise np.linalg.LinAlgError("matrix is not positive definite")
-        return factor
+        with cupyx.errstate(linalg="raise"):  # by default a failure leaves finite nonsense
+            return cupy.linalg.cholesky(matrix)
     return scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
 
 

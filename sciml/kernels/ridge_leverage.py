@@ -92,7 +92,7 @@ def ridge_leverage_scores(
     for start in range(0, n, _BLOCK):
         stop = min(start + _BLOCK, n)
         unit = shifted[start:, : stop - start] * 0
-        unit[: stop - start] += _eye(stop - start, unit)
+        add_to_diagonal(unit[: stop - start], 1)
         columns = solve_lower(factor[start:, start:], unit)
         inverse_diagonal[start:stop] = (columns * columns).sum(0)
     scores = 1 - ridge * inverse_diagonal
@@ -168,16 +168,3 @@ def _kernel_matrix(
             X = X.astype(np.float64)
     check_kernel_matrix(X)
     return X
-
-
-def _eye(n: int, like: Array) -> Array:
-    library = array_library(like)
-    if library == "torch":
-        import torch
-
-        return torch.eye(n, dtype=like.dtype, device=like.device)
-    if library == "cupy":
-        import cupy
-
-        return cupy.eye(n, dtype=like.dtype)
-    return np.eye(n, dtype=like.dtype)
