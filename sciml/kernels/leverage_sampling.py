@@ -14,13 +14,14 @@ References
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sciml._check import check_finite
 from sciml.kernels.arrays import Array, cast_like, take, to_double, to_numpy
-from sciml.kernels.linear_algebra import add_to_diagonal, eigh, kernel_cholesky, solve_lower
+from sciml.kernels.linear_algebra import add_to_diagonal, kernel_cholesky, solve_lower
 from sciml.kernels.ridge_leverage import ridge_leverage_scores
 from sciml.kernels.squeak import check_residuals
 
@@ -28,6 +29,7 @@ __all__ = [
     "Sample",
     "bless_sample",
     "exact_leverage_sample",
+    "own_landmarks",
     "recursive_leverage_sample",
     "uniform_sample",
 ]
@@ -43,6 +45,56 @@ class Sample(NamedTuple):
     indices: NDArray[np.int64]
     weights: NDArray[np.float64]
     scores: NDArray[np.float64]
+
+
+def own_landmarks(landmarks: Any, points: Array, precomputed: bool) -> tuple[Array, Sample]:
+    """Check landmarks that the user gives: positions among the points, or points.
+
+    Parameters
+    ----------
+    landmarks : array of shape (m,) or (m, n_features)
+        Integers, or points.
+    points : array of shape (n, n_features)
+        Points of the fit.
+    precomputed : bool
+        Whether `points` are but the positions of the rows of a kernel matrix.
+
+    Returns
+    -------
+    points : array of shape (m, n_features)
+        Landmarks.
+    sample : Sample
+        Their positions, -1 for points; weights 1, scores NaN.
+
+    Raises
+    ------
+    ValueError
+        If they are no such array.
+    """
+    shape = np.shape(landmarks)
+    if len(shape) == 1:
+        indices = np.asarray(to_numpy(landmarks))
+        if indices.dtype.kind not in "iu":
+            raise ValueError(
+                f"landmarks must be integers when they are positions, got {indices.dtype}"
+            )
+        n = len(points)
+        if not len(indices) or indices.min() < 0 or indices.max() >= n:
+            raise ValueError(f"landmarks must be positions in [0, {n}), got {landmarks!r:.100}")
+        if len(np.unique(indices)) < len(indices):
+            raise ValueError("landmarks must be distinct positions, got duplicates")
+        chosen = take(points, indices)
+    elif len(shape) == 2 and not precomputed and shape[1] == points.shape[1]:
+        chosen = cast_like(landmarks, points)
+        check_finite("landmarks", chosen)
+        indices = np.full(shape[0], -1)
+    else:
+        raise ValueError(
+            f"landmarks must be positions of shape (m,), or points of shape "
+            f"(m, {points.shape[1]}) for a kernel that is not precomputed, got shape {shape}"
+        )
+    m = len(indices)
+    return chosen, Sample(indices, np.ones(m), np.full(m, np.nan))
 
 
 def uniform_sample(n: int, n_components: int, rng: np.random.RandomState) -> Sample:
@@ -200,70 +252,6 @@ def _residuals(
         residual[start : start + _BLOCK] = values[block] - to_numpy((half * half).sum(0))
     check_residuals(residual, values[rows])
     return residual
-
-
-def nystroem_map(
-    K: Array,
-    weights: NDArray[np.float64] | None,
-    ridge: float,
-    *,
-    cutoff: float = 0.0,
-    share: float = 1.0,
-) -> tuple[Array, float]:
-    """Matrix that turns kernel values with landmarks into features, and the effective dimension.
-
-    Parameters
-    ----------
-    K : array of shape (m, m)
-        Kernel among the landmarks.
-    weights : ndarray of shape (m,) or None
-        Importance weights, for features of ``K S (S'KS + ridge I)^{-1} S'K``; None for the
-        unregularised ``C K^{-1} C'``.
-    ridge : float
-        Ridge.
-    cutoff : float, default=0.0
-        Without weights, directions with eigenvalues below this share of the largest are left
-        out; at least those at rounding level are.
-    share : float, default=1.0
-        Without weights, how many rows a landmark stands for in the effective dimension.
-
-    Returns
-    -------
-    normalization : array of shape (m, m)
-        Features of x are ``k(x, landmarks) @ normalization.T``.
-    effective_dimension : float
-        ``trace(S'KS (S'KS + ridge I)^{-1})``, with weights `share` if there are none.
-
-    Raises
-    ------
-    ValueError
-        If K has a negative eigenvalue beyond rounding.
-    """
-    if weights is None:
-        values, vectors = eigh(K)
-        spectrum = _nonnegative(to_numpy(values).astype(float))
-        # Directions at rounding level are noise: scaling them up would only amplify it.
-        eps = np.finfo(str(K.dtype).replace("torch.", "")).eps
-        noise = spectrum <= max(cutoff, eps * len(spectrum)) * spectrum.max()
-        inverse = np.where(noise, 0, 1 / np.sqrt(np.where(noise, 1, spectrum)))
-        dimension = float((spectrum / (spectrum + ridge / share)).sum())
-        return (vectors * cast_like(inverse, K)) @ vectors.T, dimension
-    root = cast_like(np.sqrt(weights), K)
-    values, vectors = eigh(root[:, None] * K * root)
-    spectrum = _nonnegative(to_numpy(values).astype(float))
-    scale = cast_like(1 / np.sqrt(spectrum + ridge), K)
-    dimension = float((spectrum / (spectrum + ridge)).sum())
-    return ((vectors * scale) @ vectors.T) * root, dimension
-
-
-def _nonnegative(spectrum: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Eigenvalues of a kernel matrix without the negative ones that rounding makes."""
-    if spectrum.min() < -1e-4 * abs(spectrum).max():
-        raise ValueError(
-            "kernel must be positive semidefinite, but its matrix on the landmarks has the "
-            f"eigenvalue {spectrum.min():.3g}"
-        )
-    return np.maximum(spectrum, 0)
 
 
 def _inclusion(scores: NDArray[np.float64], size: int) -> NDArray[np.float64]:

@@ -8,24 +8,23 @@ What makes that pass fast is that LLVM turns the inner loop into SIMD code, and 
 - every constant has the dtype of the array: one float64 literal would make float32 data be
   computed in float64.
 
-The compiled functions release the GIL and split their rows over a thread pool instead of using
-``numba.prange``, whose threading layers can neither be entered by two threads at once
-(workqueue) nor be forked (OpenMP).
+The compiled functions release the GIL and share their rows among the threads of
+`sciml.kernels.row_threads`, instead of using ``numba.prange``, whose threading layers can neither
+be entered by two threads at once (workqueue) nor be forked (OpenMP).
 """
 
 # Numba reads no annotations: the compiled functions below carry none.
 # mypy: allow-untyped-defs
 
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numba import config, njit, types
+from numba import njit, types
 from numba.extending import overload
+
+from sciml.kernels.row_threads import over_rows
 
 __all__ = ["apply_epilogue", "laplacian_into", "mirror"]
 
@@ -328,40 +327,12 @@ def _norms(q: Any) -> tuple[Any, Any]:
     return norms, np.divide(1, norms, out=inverse, where=norms > 0)
 
 
-# ---------------------------------------------------------------- threads
-
-_THREADS: int = vars(config)["NUMBA_NUM_THREADS"]  # environment variable, or number of cores
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-# Threads do not survive a fork: the child starts its own pool.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
 def _over_rows(
     function: Callable[..., None], S: Any, *arrays: Any, params: tuple[Any, ...], cost: int = 1
 ) -> None:
-    """Call ``function(S, *arrays, first, last, *params)`` on row ranges, one for each thread."""
-    global _pool
-    n_rows, threads = len(S), _THREADS
-    # Handing a range to a thread costs about 30 microseconds, 10^4 entries of the cheapest pass.
-    parts = max(1, min(threads, n_rows, S.size * cost // 20_000))
-    bounds = [n_rows * part // parts for part in range(parts + 1)]
-    if parts == 1:
-        function(S, *arrays, 0, n_rows, *params)
-        return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(threads, thread_name_prefix="sciml-kernels")
-    pending = [
-        _pool.submit(function, S, *arrays, first, last, *params)
-        for first, last in pairwise(bounds[1:])
-    ]
-    function(S, *arrays, 0, bounds[1], *params)
-    for future in pending:
-        future.result()
+    """Call ``function(S, *arrays, first, last, *params)`` on the rows of S, in all threads."""
+
+    def part(first: int, last: int) -> None:
+        function(S, *arrays, first, last, *params)
+
+    over_rows(part, len(S), S.size * cost)

@@ -17,7 +17,6 @@ References
 """
 
 import copy
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +35,9 @@ from tqdm.auto import tqdm
 from sciml._check import check_choice, check_finite, check_integer, check_interval
 from sciml.kernels.arrays import (
     Array,
-    array_library,
     cast_like,
     concatenate,
     copy_rows,
-    empty,
     take,
     to_double,
     to_numpy,
@@ -49,20 +46,21 @@ from sciml.kernels.ink_estimate import INKStream
 from sciml.kernels.leverage_sampling import (
     bless_sample,
     exact_leverage_sample,
-    nystroem_map,
+    own_landmarks,
     recursive_leverage_sample,
     uniform_sample,
 )
-from sciml.kernels.linear_algebra import matmul
+from sciml.kernels.merge_tree import chunks_of, is_dask, merge_chunks, merge_dask
+from sciml.kernels.nystroem_map import nystroem_features, nystroem_map
 from sciml.kernels.pairwise import KernelLike, kernel_diag, pairwise_kernel
 from sciml.kernels.ridge_leverage import check_kernel_matrix
+from sciml.kernels.rows import validate_rows
 from sciml.kernels.squeak import Dictionary, expand, merge_dictionaries, shrink, squeak_scores, thin
 
 __all__ = ["RidgeLeverageNystroem", "merge"]
 
 METHODS = ("squeak", "ink", "bless", "recursive", "exact", "uniform")
 _BLOCK = 256  # arrivals at once, or half the dictionary: there the cost a row is least
-_TILE_ENTRIES = 1 << 23  # of a kernel tile in transform: BLAS likes tall ones
 _STREAM_PARAMETERS = (
     "method",
     "kernel",
@@ -265,7 +263,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             positive semidefinite.
         """
         self._check_arguments()
-        chunks = _chunks(X)
+        chunks = chunks_of(X)
         self._forget()
         rng = check_random_state(self.random_state)
         with _threads(self.n_jobs):
@@ -343,17 +341,14 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         with _threads(self.n_jobs):
             if _is_precomputed(self.kernel):
                 return X[:, self.component_indices_] @ normalization.T
-            components = cast_like(self.components_, X)
-            result = empty((len(X), len(normalization)), X)
-            # Kernel values of a tile of rows go straight into the product with the map.
-            height = max(1, _TILE_ENTRIES // len(components))
-            tile = empty((min(height, len(X)), len(components)), X)
-            for start in range(0, len(X), height):
-                rows = X[start : start + height]
-                values = tile[: len(rows)]
-                pairwise_kernel(rows, components, self.kernel, out=values, **self._options())
-                matmul(values, normalization.T, result[start : start + len(rows)])
-        return result
+            return nystroem_features(
+                X,
+                cast_like(self.components_, X),
+                normalization,
+                self.kernel,
+                n_threads=None if self.n_jobs is None else effective_n_jobs(self.n_jobs),
+                **self._options(),
+            )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -370,7 +365,8 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         kernel, diagonal = self._kernel_functions(precomputed)
         n = len(points)
         if self.landmarks is not None:
-            self._use_landmarks(points, kernel, precomputed)
+            chosen, sample = own_landmarks(self.landmarks, points, precomputed is not None)
+            self._set_points(chosen, *sample, kernel, plain=True)
         elif self.method in ("squeak", "ink"):
             self._stream_and_finish(points, rng, precomputed)
         elif self.method == "uniform":
@@ -513,51 +509,18 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             )
         if _is_precomputed(self.kernel):
             raise ValueError("X must be one matrix for kernel='precomputed', got chunks")
-        if hasattr(chunks, "to_delayed"):
-            self._dictionary = self._fit_dask(chunks, rng)
+        self.__dict__.pop("n_features_in_", None)  # of an earlier fit
+        if is_dask(chunks):
+            self._dictionary = merge_dask(chunks, *self._unfitted()._tree(), rng)
             self.n_features_in_ = int(chunks.shape[1])
         else:
-            stack: list[tuple[int, Dictionary]] = []
-            for chunk in tqdm(chunks, disable=not self.verbose, unit="chunk"):
-                if not stack:
-                    self.n_features_in_ = np.shape(chunk)[1]
-                part = self._dictionary_of(chunk, int(rng.randint(2**31)))
-                level = 0
-                # Equal levels merge at once, so that few dictionaries are held.
-                while stack and stack[-1][0] == level:
-                    _, before = stack.pop()
-                    part = self._merge(before, part, rng)
-                    level += 1
-                stack.append((level, part))
-            if not stack:
-                raise ValueError("X must hold at least one chunk, got none")
-            part = stack.pop()[1]
-            while stack:
-                part = self._merge(stack.pop()[1], part, rng)
-            self._dictionary = part
+            self._dictionary = merge_chunks(chunks, *self._tree(), rng, verbose=self.verbose)
         self._finish_stream(rng)
         self._rng = copy.deepcopy(rng)
 
-    def _fit_dask(self, array: Any, rng: np.random.RandomState) -> Dictionary:
-        from dask.base import compute
-        from dask.delayed import delayed
-
-        if len(array.chunks[1]) > 1:
-            array = array.rechunk({1: -1})
-        worker = self._unfitted()
-        parts = [
-            delayed(_dictionary_of)(worker, block, int(rng.randint(2**31)))
-            for block in array.to_delayed()[:, 0]
-        ]
-        while len(parts) > 1:
-            parts = [
-                delayed(_merge_parts)(worker, *parts[i : i + 2], int(rng.randint(2**31)))
-                if i + 1 < len(parts)
-                else parts[i]
-                for i in range(0, len(parts), 2)
-            ]
-        (dictionary,) = compute(parts[0])
-        return dictionary
+    def _tree(self) -> tuple[Any, Any]:
+        """What makes a dictionary of a chunk, and what joins two."""
+        return self._dictionary_of, self._merge
 
     def _dictionary_of(self, chunk: Array, seed: int) -> Dictionary:
         """Dictionary of one chunk alone."""
@@ -565,13 +528,15 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         one._forget()
         rows = one._validate(chunk, reset=True, blockwise=True)
         one._stream(rows, check_random_state(seed))
-        if hasattr(self, "n_features_in_") and one.n_features_in_ != self.n_features_in_:
+        self.__dict__.setdefault("n_features_in_", one.n_features_in_)
+        if one.n_features_in_ != self.n_features_in_:
             raise ValueError(
                 f"X must have chunks with {self.n_features_in_} features, got {one.n_features_in_}"
             )
         return one._dictionary
 
-    def _merge(self, a: Dictionary, b: Dictionary, rng: np.random.RandomState) -> Dictionary:
+    def _merge(self, a: Dictionary, b: Dictionary, seed: int | np.random.RandomState) -> Dictionary:
+        rng = check_random_state(seed)
         kernel, _ = self._kernel_functions(None)
         merged = merge_dictionaries(a, b, kernel, self.ridge, self.eps, rng)
         return self._limit(merged, rng)
@@ -584,33 +549,6 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _unfitted(self) -> "RidgeLeverageNystroem":
         parameters = {**self.get_params(deep=False), "verbose": 0, "random_state": 0}
         return RidgeLeverageNystroem(**parameters)
-
-    def _use_landmarks(self, points: Array, kernel: Any, precomputed: Array | None) -> None:
-        landmarks = self.landmarks
-        shape = np.shape(landmarks)
-        if len(shape) == 1:
-            indices = np.asarray(to_numpy(landmarks))
-            if indices.dtype.kind not in "iu":
-                raise ValueError(
-                    f"landmarks must be integers when they are positions, got {indices.dtype}"
-                )
-            n = len(points)
-            if not len(indices) or indices.min() < 0 or indices.max() >= n:
-                raise ValueError(f"landmarks must be positions in [0, {n}), got {landmarks!r:.100}")
-            if len(np.unique(indices)) < len(indices):
-                raise ValueError("landmarks must be distinct positions, got duplicates")
-            chosen = take(points, indices)
-        elif len(shape) == 2 and precomputed is None and shape[1] == points.shape[1]:
-            chosen = cast_like(landmarks, points)
-            check_finite("landmarks", chosen)
-            indices = np.full(shape[0], -1)
-        else:
-            raise ValueError(
-                f"landmarks must be positions of shape (m,), or points of shape "
-                f"(m, {points.shape[1]}) for a kernel that is not precomputed, got shape {shape}"
-            )
-        m = len(indices)
-        self._set_points(chosen, indices, np.ones(m), np.full(m, np.nan), kernel, plain=True)
 
     # -------------------------------------------------------------- fitted attributes
 
@@ -699,21 +637,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         blockwise &= self.method == "squeak" and self.landmarks is None
         if blockwise and isinstance(X, np.memmap) and X.dtype.kind in "fiub":
             return validate_data(self, X, dtype=None, ensure_all_finite=False, reset=reset)
-        if array_library(X) == "numpy":
-            return validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
-        if X.ndim != 2 or not str(X.dtype).endswith(("float32", "float64")):
-            raise ValueError(
-                f"X must be a float32 or float64 matrix, got {X.dtype} of shape {tuple(X.shape)}"
-            )
-        check_finite("X", X)
-        if reset:
-            self.n_features_in_ = int(X.shape[1])
-        elif X.shape[1] != self.n_features_in_:
-            raise ValueError(
-                f"X has {X.shape[1]} features, but {type(self).__name__} is expecting "
-                f"{self.n_features_in_} features as input"
-            )
-        return X
+        return validate_rows(self, X, reset=reset)
 
     def _check_unchanged(self) -> None:
         for name in _STREAM_PARAMETERS:
@@ -804,25 +728,6 @@ def merge(
     merged._rng = rng
     merged._finish_stream(rng)
     return merged
-
-
-def _dictionary_of(worker: RidgeLeverageNystroem, chunk: Array, seed: int) -> Dictionary:
-    return worker._dictionary_of(chunk, seed)
-
-
-def _merge_parts(
-    worker: RidgeLeverageNystroem, a: Dictionary, b: Dictionary, seed: int
-) -> Dictionary:
-    return worker._merge(a, b, check_random_state(seed))
-
-
-def _chunks(X: Any) -> Any:
-    """X if it is a Dask array or comes in two-dimensional chunks, else None."""
-    if "dask" in sys.modules and hasattr(X, "to_delayed") and hasattr(X, "chunks"):
-        return X
-    if isinstance(X, (list, tuple)):
-        return X if X and all(getattr(chunk, "ndim", 0) == 2 for chunk in X) else None
-    return X if isinstance(X, Iterator) else None
 
 
 def _is_precomputed(kernel: Any) -> bool:

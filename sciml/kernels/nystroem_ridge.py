@@ -37,6 +37,7 @@ from sciml._check import check_finite, check_same_length
 from sciml.kernels.arrays import Array, array_library, to_numpy
 from sciml.kernels.nystroem_solver import NystroemSolver, check_weights, row_dtypes, streams
 from sciml.kernels.pairwise import KernelLike
+from sciml.kernels.rows import validate_rows
 
 __all__ = ["NystroemRidge", "NystroemRidgeClassifier"]
 
@@ -234,7 +235,7 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, NystroemSolver):
                 raise TypeError(f"y must be a dense array, got {type(y).__name__}")
             options: dict[str, Any] = {"y_numeric": True, "multi_output": True}
             return validate_data(self, X, y, dtype=row_dtypes(X), reset=reset, **options)
-        X = self._validate_rows(X, reset=reset)
+        X = validate_rows(self, X, reset=reset)
         if y.ndim not in (1, 2):
             raise ValueError(f"y must have 1 or 2 dimensions, got shape {tuple(y.shape)}")
         check_same_length(X=X, y=y)
@@ -465,7 +466,7 @@ class NystroemRidgeClassifier(ClassifierMixin, NystroemSolver):
         if array_library(X) == "numpy":
             X, y = validate_data(self, X, y, dtype=row_dtypes(X), reset=reset)
         else:
-            X = self._validate_rows(X, reset=reset)
+            X = validate_rows(self, X, reset=reset)
             y = to_numpy(y)
             check_same_length(X=X, y=y)
         check_classification_targets(y)

@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from sciml._check import check_choice, check_finite, check_integer, check_interval, check_shape
+from sciml._check import check_choice, check_integer, check_interval
 from sciml.kernels.arrays import Array, array_library, cast_like, take, to_double, to_numpy
 from sciml.kernels.landmark_factor import LandmarkFactor, carry_matrix, factor_landmarks
 from sciml.kernels.linear_algebra import cholesky, solve_lower
 from sciml.kernels.nystroem import RidgeLeverageNystroem
 from sciml.kernels.pairwise import KernelLike, kernel_matmul, pairwise_kernel
 from sciml.kernels.preconditioned_cg import KernelTiles, preconditioned_cg
+from sciml.kernels.rows import validate_rows
 
 __all__ = ["NystroemSolver", "WeightedKernel", "check_weights", "row_dtypes", "streams"]
 
@@ -64,7 +65,10 @@ class Landmarks(NamedTuple):
 
     points: Array
     indices: NDArray[np.int64]  # positions among the rows seen; -1 for points of your own
-    selected: NDArray[np.int64]  # the same among the rows of positive weight
+    # Rows that may be chosen again: their positions among the rows of positive weight, which the
+    # selector counts, ascending, and among all, which users count.
+    counted: NDArray[np.int64]
+    positions: NDArray[np.int64]
     weights: Matrix  # importance weight times sample weight
     effective_dimension: float
     kernel: Matrix
@@ -225,14 +229,18 @@ class NystroemSolver(BaseEstimator):
             selector.fit(self._shown(X, rows, weight, weighted))
         else:
             selector.fit(X if len(rows) == len(X) else take(X, rows))
-        # The selector counts rows of positive weight; users count all.
-        selected = selector.component_indices_
-        indices = selected.copy()
-        late = selected >= known
-        indices[late] = seen + rows[selected[late] - known]
-        if before is not None:
-            names = dict(zip(before.selected.tolist(), before.indices.tolist(), strict=True))
-            indices[~late] = [names[i] for i in selected[~late].tolist()]
+        indices = selector.component_indices_
+        counted = positions = np.empty(0, dtype=np.int64)
+        if self.landmarks is None:
+            counted, positions = known + np.arange(len(rows)), seen + rows
+            if before is not None:
+                counted = np.concatenate([before.counted, counted])
+                positions = np.concatenate([before.positions, positions])
+            chosen = np.searchsorted(counted, indices)
+            indices = positions[chosen]
+            if self.method != "ink":  # which alone can come back to a row that it left out
+                chosen.sort()
+                counted, positions = counted[chosen], positions[chosen]
         points, weights = selector.components_, selector.weights_
         if weighted:
             weights = weights * to_numpy(points[:, -1]).astype(float) ** 2
@@ -242,7 +250,7 @@ class NystroemSolver(BaseEstimator):
         share = weights if self.approximation == "regularized" else None
         factor = factor_landmarks(K, share, self._score_ridge(), precision=precision)
         dimension = selector.effective_dimension_
-        return Landmarks(points, indices, selected, weights, dimension, K, factor)
+        return Landmarks(points, indices, counted, positions, weights, dimension, K, factor)
 
     def _shown(self, X: Array, at: NDArray[np.int64], weight: Matrix | None, root: bool) -> Array:
         """Rows as the selector sees them: with the root of their weight as last column."""
@@ -378,7 +386,7 @@ class NystroemSolver(BaseEstimator):
 
     def _decision(self, X: Any) -> Array:
         check_is_fitted(self, "dual_coef_")
-        X = self._validate_rows(X, reset=False)
+        X = validate_rows(self, X, reset=False, dtype=row_dtypes(X))
         like = _floating(X[:1])
         points, coefficients = cast_like(self.components_, like), cast_like(self.dual_coef_, like)
         return kernel_matmul(X, points, coefficients, self.kernel, **self._options())
@@ -419,20 +427,6 @@ class NystroemSolver(BaseEstimator):
                 "kernel must be a function of points, got 'precomputed'; put "
                 "RidgeLeverageNystroem and Ridge in a pipeline for a precomputed kernel"
             )
-
-    def _validate_rows(self, X: Any, *, reset: bool) -> Array:
-        if array_library(X) == "numpy":
-            return validate_data(self, X, dtype=row_dtypes(X), reset=reset)
-        if X.ndim != 2 or not str(X.dtype).endswith(("float32", "float64")):
-            raise ValueError(
-                f"X must be a float32 or float64 matrix, got {X.dtype} of shape {tuple(X.shape)}"
-            )
-        check_finite("X", X)
-        if reset:
-            self.n_features_in_ = int(X.shape[1])
-        else:
-            check_shape("X", X, (None, self.n_features_in_))
-        return X
 
 
 def row_dtypes(X: Any) -> Any:

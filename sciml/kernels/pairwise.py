@@ -25,6 +25,7 @@ Y. Cho, L. K. Saul, "Kernel Methods for Deep Learning", NeurIPS 2009 (arc-cosine
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
@@ -35,6 +36,8 @@ from scipy.linalg import get_blas_funcs
 from sklearn.gaussian_process import kernels as gp
 
 from sciml._check import check_choice, check_finite, check_integer, check_interval, check_shape
+from sciml.kernels.arrays import Array, array_library, array_namespace, concatenate, empty
+from sciml.kernels.row_threads import N_THREADS, over_tiles
 
 __all__ = ["KERNELS", "kernel_diag", "kernel_matmul", "pairwise_kernel"]
 
@@ -49,12 +52,13 @@ KERNELS = (
     "arc_cosine_0",
 )
 
-Array: TypeAlias = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 KernelLike: TypeAlias = str | gp.Kernel | Callable[..., Array]
 Epilogue: TypeAlias = tuple[str, tuple[Any, ...]]  # a name of EPILOGUES and its parameters
 
 _CENTRED = ("rbf", "exponential")
-_TILE_ENTRIES = 1 << 20  # of the data and of the result: a few MB, which stay in the cache
+# Entries of a tile: on a CPU a few MB, which stay in the cache; on a GPU enough to outlast the
+# launch of a kernel.
+_TILE_ENTRIES = {"numpy": 1 << 20, "torch": 1 << 23, "cupy": 1 << 23}
 
 
 def pairwise_kernel(
@@ -191,7 +195,7 @@ def kernel_diag(
     # A function gives matrices only: small blocks on the diagonal waste least.
     blocks = [X[start : start + 16] for start in range(0, len(X), 16)]
     parts = [_cast(_evaluate(kernel, b, None, library), X).diagonal() for b in blocks]
-    return _concatenate(parts, library)
+    return concatenate(parts)
 
 
 def kernel_matmul(
@@ -220,7 +224,7 @@ def kernel_matmul(
     kernel, gamma, degree, coef0
         As in `pairwise_kernel`.
     block : int, default=1024
-        Rows of K in memory at a time.
+        Rows of K in memory at a time, at least 64 for each thread.
 
     Returns
     -------
@@ -272,19 +276,71 @@ def kernel_matmul(
                 arguments = (X[rows], other, V, part, rows.start)
                 parts.append(checkpoint(tile, *arguments, use_reentrant=False))
             return torch.cat(parts)
-    xp = _namespace(library)
-    result = _empty((len(X), *V.shape[1:]), X, library)
-    memory = _empty((min(block, len(X)), len(other)), X, library)
-    for rows in _tiles(len(X), block):
-        K = memory[: rows.stop - rows.start]
-        if epilogue is not None:
-            product_kernel(X[rows], other, *epilogue, out=K)
-        else:
-            pairwise_kernel(X[rows], other, kernel, out=K)
+    result = empty((len(X), *V.shape[1:]), X)
+    xp = array_namespace(X)
+
+    def multiply(rows: slice, K: Array) -> None:
         if diagonal is not None:
             K.reshape(-1)[rows.start :: len(other) + 1] = diagonal[rows]
         xp.matmul(K, V, out=result[rows])
+
+    height = max(min(64, block), block // N_THREADS) if library == "numpy" else block
+    for_each_tile(multiply, X, other, kernel, height=height, **options)
     return result
+
+
+def for_each_tile(
+    use: Callable[[slice, Array], None],
+    X: Array,
+    Y: Array,
+    kernel: KernelLike,
+    *,
+    gamma: float | None,
+    degree: float,
+    coef0: float,
+    height: int,
+    out: Array | None = None,
+    n_threads: int | None = None,
+) -> None:
+    """Call ``use(rows, K(X[rows], Y))`` on tiles of rows, several side by side for NumPy arrays.
+
+    Parameters
+    ----------
+    use : callable
+        Takes a slice of rows and their kernel values, which it may overwrite.
+    X, Y : arrays of shape (n_X, n_features) and (n_Y, n_features)
+        Checked, of one library and dtype.
+    kernel, gamma, degree, coef0
+        As in `pairwise_kernel`.
+    height : int
+        Rows of a tile.
+    out : array of shape (n_X, n_Y), default=None
+        Where the kernel values are written; None means buffers, one for each thread.
+    n_threads : int, default=None
+        As in `over_tiles`.
+    """
+    epilogue = _epilogue(kernel, X.shape[1], gamma, degree, coef0)
+    buffers: deque[Array] = deque()
+
+    def tile(rows: slice) -> None:
+        if out is not None:
+            memory = out[rows]
+        else:
+            memory = buffers.pop() if buffers else empty((min(height, len(X)), len(Y)), X)
+        K = memory[: rows.stop - rows.start]
+        if epilogue is not None:
+            product_kernel(X[rows], Y, *epilogue, out=K)
+        else:
+            pairwise_kernel(X[rows], Y, kernel, out=K)
+        use(rows, K)
+        if out is None:
+            buffers.append(memory)
+
+    if epilogue is not None and array_library(X) == "numpy":
+        over_tiles(tile, len(X), height, n_threads)
+    else:  # a foreign kernel may not be ready for several threads
+        for rows in _tiles(len(X), height):
+            tile(rows)
 
 
 # ---------------------------------------------------------------- the mechanism
@@ -311,7 +367,7 @@ def product_kernel(
     array of shape (n_X, n_Y)
         The kernel matrix.
     """
-    library = _library(X)
+    library = array_library(X)
     shape = (len(X), len(X if Y is None else Y))
     if out is not None:
         _check_out(out, shape, X, library)
@@ -323,7 +379,7 @@ def product_kernel(
             if out is not None:
                 raise ValueError("out must be None for tensors that require gradients")
             return _differentiable(X, Y, name, params)
-        out = _empty(shape, X, library) if out is None else out
+        out = empty(shape, X) if out is None else out
         if X.device.type == "cpu":
             # The same memory seen as NumPy arrays takes the compiled path.
             other = None if Y is None else Y.detach().numpy()
@@ -332,7 +388,7 @@ def product_kernel(
             with torch.no_grad():
                 _fill(X, Y, name, params, out, library)
         return out
-    out = _empty(shape, X, library) if out is None else out
+    out = empty(shape, X) if out is None else out
     _fill(X, Y, name, params, out, library)
     return out
 
@@ -348,7 +404,7 @@ def _fill(
         _fill_as_is(X - shift, None, name, params, out, library)
     else:
         Y = Y - shift
-        for rows in _tiles(len(X), max(64, _TILE_ENTRIES // X.shape[1])):
+        for rows in _tiles(len(X), max(64, _TILE_ENTRIES[library] // X.shape[1])):
             _fill_as_is(X[rows] - shift, Y, name, params, out[rows], library)
 
 
@@ -365,8 +421,8 @@ def _fill_as_is(
         if symmetric and library == "numpy":
             _lower_product(X, out)
         else:
-            _namespace(library).matmul(X, other.T, out=out)
-    for rows in _tiles(len(X), max(64, _TILE_ENTRIES // len(other))):
+            array_namespace(X).matmul(X, other.T, out=out)
+    for rows in _tiles(len(X), max(64, _TILE_ENTRIES[library] // len(other))):
         columns = slice(0, rows.stop if symmetric else len(other))
         if name == "laplacian":
             backend.laplacian_into(out[rows], X[rows], other[columns], *params)
@@ -472,7 +528,7 @@ def _evaluate(kernel: Any, X: Array, Y: Array | None, library: str) -> Array:
     if isinstance(kernel, gp.Exponentiation):
         return _evaluate(kernel.kernel, X, Y, library) ** kernel.exponent
     if isinstance(kernel, gp.ConstantKernel):
-        K = _empty((len(X), len(X if Y is None else Y)), X, library)
+        K = empty((len(X), len(X if Y is None else Y)), X)
         K[...] = kernel.constant_value
         return K
     if hasattr(kernel, "epilogue"):
@@ -481,15 +537,6 @@ def _evaluate(kernel: Any, X: Array, Y: Array | None, library: str) -> Array:
 
 
 # ---------------------------------------------------------------- arrays of three libraries
-
-
-def _library(array: Array) -> str:
-    name = type(array).__module__.partition(".")[0]
-    return name if name in ("torch", "cupy") else "numpy"
-
-
-def _namespace(library: str) -> ModuleType:
-    return import_module(library)
 
 
 def _backend(library: str) -> ModuleType:
@@ -502,9 +549,9 @@ def _as_arrays(X: Array, Y: Array | None) -> tuple[Array, Array | None, str]:
     same = Y is None or Y is X
     X = _as_array("X", X)
     if same:
-        return X, None, _library(X)
+        return X, None, array_library(X)
     Y = _as_array("Y", Y)
-    if _library(X) != _library(Y):
+    if array_library(X) != array_library(Y):
         raise TypeError(
             f"X and Y must be arrays of one library, got {type(X).__name__} and {type(Y).__name__}"
         )
@@ -518,14 +565,14 @@ def _as_arrays(X: Array, Y: Array | None) -> tuple[Array, Array | None, str]:
     if X.dtype != Y.dtype:
         wide = X.dtype if "64" in str(X.dtype) else Y.dtype
         X, Y = _to_dtype(X, wide), _to_dtype(Y, wide)
-    return X, Y, _library(X)
+    return X, Y, array_library(X)
 
 
 def _as_array(
     name: str, array: Array, ndims: tuple[int, ...] = (2,), like: Array | None = None
 ) -> Array:
     """Return a finite float32 or float64 array, or raise naming the argument."""
-    library = _library(array)
+    library = array_library(array)
     if library == "numpy":
         array = np.asarray(array)
     if array.ndim not in ndims:
@@ -539,13 +586,12 @@ def _as_array(
             raise ValueError(
                 f"{name} must hold float32, float64 or integer values, got dtype {dtype}"
             )
-        array = _to_dtype(array, _namespace(library).float64)
-    for rows in _tiles(len(array), _TILE_ENTRIES // math.prod(array.shape[1:]) or 1):
-        check_finite(name, array[rows])
+        array = _to_dtype(array, array_namespace(array).float64)
+    check_finite(name, array)
     if like is not None:
-        if library != _library(like):
+        if library != array_library(like):
             raise TypeError(
-                f"{name} must be an array of the library of X ({_library(like)}), "
+                f"{name} must be an array of the library of X ({array_library(like)}), "
                 f"got {type(array).__name__}"
             )
         array = _to_dtype(array, like.dtype)
@@ -553,7 +599,7 @@ def _as_array(
 
 
 def _to_dtype(array: Array, dtype: Any) -> Array:
-    if _library(array) == "torch":
+    if array_library(array) == "torch":
         return array.to(dtype)
     return array.astype(dtype, copy=False)
 
@@ -563,18 +609,8 @@ def _cast(K: Array, X: Array) -> Array:
     return K if K.dtype == X.dtype else _to_dtype(K, X.dtype)
 
 
-def _empty(shape: tuple[int, ...], like: Array, library: str) -> Array:
-    if library == "torch":
-        return like.new_empty(shape)
-    return _namespace(library).empty(shape, dtype=like.dtype)
-
-
-def _concatenate(parts: list[Array], library: str) -> Array:
-    return _namespace(library).concatenate(parts)
-
-
 def _squared_norms(X: Array) -> Array:
-    return _namespace(_library(X)).einsum("ij,ij->i", X, X)
+    return array_namespace(X).einsum("ij,ij->i", X, X)
 
 
 def _tiles(n: int, height: int) -> Iterator[slice]:
@@ -586,7 +622,7 @@ def _shape(array: Array) -> tuple[int, ...]:
 
 
 def _check_out(out: Array, shape: tuple[int, int], X: Array, library: str) -> None:
-    if _library(out) != library or (library == "numpy" and not isinstance(out, np.ndarray)):
+    if array_library(out) != library or (library == "numpy" and not isinstance(out, np.ndarray)):
         raise TypeError(f"out must be a {library} array, got {type(out).__name__}")
     check_shape("out", out, shape)
     if out.dtype != X.dtype or getattr(out, "device", None) != getattr(X, "device", None):

@@ -344,6 +344,19 @@ def test_fit_then_partial_fit_goes_on(method):
     assert model.score(X, y) > before - 0.02
 
 
+def test_ink_may_come_back_to_a_row_that_a_limit_left_out():
+    X, _, y = clustered(600)
+    weight = (np.arange(600) % 4 > 0).astype(float)
+    model = NystroemRidge(gamma=1.0, method="ink", n_components=20, random_state=0)
+    rows = [set()]
+    for at in (slice(0, 300), slice(300, 450), slice(450, 600)):
+        model.partial_fit(X[at], y[at], weight[at])
+        rows.append(set(model.component_indices_.tolist()))
+        np.testing.assert_array_equal(model.components_, X[model.component_indices_])
+        assert (weight[model.component_indices_] > 0).all()
+    assert any(i < 300 for i in rows[3] - rows[2])
+
+
 def test_interrupted_call_leaves_the_model_as_it_was(monkeypatch):
     X, _, y = clustered(400)
     model = NystroemRidge(gamma=1.0, random_state=0).partial_fit(X[:200], y[:200])

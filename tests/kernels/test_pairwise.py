@@ -25,6 +25,7 @@ from sciml.kernels import (
     kernel_matmul,
     numba_epilogues,
     pairwise_kernel,
+    row_threads,
 )
 from sciml.kernels import pairwise as module
 
@@ -113,7 +114,7 @@ def test_every_tile_and_thread_is_written(shape, name):
 
 @pytest.mark.parametrize("name", ALL, ids=str)
 def test_symmetric_matrix_is_exactly_symmetric_with_exact_diagonal(name, monkeypatch):
-    monkeypatch.setattr(module, "_TILE_ENTRIES", 64 * 300)  # several tiles
+    monkeypatch.setitem(module._TILE_ENTRIES, "numpy", 64 * 300)  # several tiles
     X = data(300, 1, 6)[0]
     K = pairwise_kernel(X, kernel=name)
     np.testing.assert_array_equal(K, K.T)
@@ -401,7 +402,7 @@ def _sum_in_child(queue, X):
 def test_a_forked_child_can_compute():
     X = data(800, 1, 3)[0]
     expected = float(pairwise_kernel(X).sum())  # the parent's threads are running now
-    assert numba_epilogues._pool is not None or numba_epilogues._THREADS == 1
+    assert row_threads._pool is not None or row_threads.N_THREADS == 1
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_sum_in_child, args=(queue, X))
