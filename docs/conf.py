@@ -10,7 +10,7 @@ import sciml
 from sciml.methods import METHODS
 
 HERE = Path(__file__).parent
-DOMAINS = ("kernels", "layerwise", "graphs", "inverse", "inverse.seismic")
+DOMAINS = ("kernels", "layerwise", "graphs", "inverse", "inverse.seismic", "lm")
 
 project = "sciml"
 author = "the sciml developers"
