@@ -105,9 +105,10 @@ class Distiller:
     Generation is ``model.generate`` with its cache, in batches. A server such as vLLM is not
     built in: override `generate`, which has prompts, cap and seed, to use one.
 
-    To distil in another way, subclass and override one of the small methods: `generate` (who
-    answers), `teacher_logits` (a teacher that sees more, or reads other tokens), `compute_loss`
-    (other losses on a batch), `on_step_start` (synchronising a teacher), `state_dict`.
+    To distil in another way, subclass and override one of the small methods: `draw_prompts`,
+    `generate` (who answers), `teacher_logits` (a teacher that sees more, or reads other tokens),
+    `check_models`, `compute_loss` (other losses on a batch), `token_measures`, `on_step_start`
+    (synchronising a teacher), `state_dict`.
 
     Parameters
     ----------
@@ -392,7 +393,7 @@ class Distiller:
             first = {"step": 0, "max_new_tokens": self.cap, **validate()}
             self.history_.append(first)
             if self.curriculum is not None:
-                self.curriculum.begin(first["val_entropy"])
+                self.curriculum.begin(max(first["val_entropy"], 0.0))
         bar = tqdm(total=n_steps, initial=step, disable=not (verbose and self._is_main))
         done = (step, self.n_generated_tokens_, self.state_dict())
         whole = True  # whether weights and optimiser are those of the last step done
@@ -409,7 +410,7 @@ class Distiller:
                 if held_out is not None and (last or due or ends_stage):
                     entry |= validate()
                     if self.curriculum is not None and ends_stage:
-                        self.curriculum.step(entry["val_entropy"])
+                        self.curriculum.step(max(entry["val_entropy"], 0.0))
                 self.history_.append(entry)
                 done = (step, self.n_generated_tokens_, self.state_dict())
                 whole = True
@@ -431,6 +432,28 @@ class Distiller:
         return self
 
     # What a subclass may replace.
+
+    def check_models(self) -> None:
+        """Raise ValueError unless the teacher's tokens are the student's."""
+        ours, theirs = (
+            cast(Any, model).get_output_embeddings().weight.shape[0]
+            for model in (self.student, self.teacher)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"teacher must have the student's vocabulary of {ours} tokens, got {theirs}"
+            )
+
+    def draw_prompts(self, step: int, batch_size: int) -> np.ndarray:
+        """Positions of a step's prompts, here the next ones of shuffled epochs."""
+        n = len(self.prompt_ids_)
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        result = np.empty(batch_size, dtype=np.int64)
+        for epoch in np.unique(positions // n):
+            order = np.random.default_rng(self.seed_of("order", int(epoch))).permutation(n)
+            here = positions // n == epoch
+            result[here] = order[positions[here] % n]
+        return result
 
     def on_step_start(self, step: int) -> None:
         """Do something before an optimiser step; here nothing."""
@@ -522,6 +545,26 @@ class Distiller:
             num_items_in_batch=num_items_in_batch,
         )
 
+    def token_measures(self, batch: DistillationBatch, student_logits: Logits) -> dict[str, Tensor]:
+        """What validation averages over the tokens of the student's responses.
+
+        Parameters
+        ----------
+        batch : DistillationBatch
+            Held-out prompts with the student's responses.
+        student_logits : Logits
+            At the response tokens.
+
+        Returns
+        -------
+        dict of str to Tensor of shape (batch, n_response)
+            "entropy" must be among them where a curriculum is used.
+        """
+        teacher_logits = self.response_logits(self.teacher, batch)
+        reduction = combine((entropy, []), (forward_kl, [0]), (reverse_kl, [0]))
+        values = reduce_rows(reduction, student_logits, teacher_logits, mask=batch.response_mask)
+        return dict(zip(("entropy", "forward_kl", "reverse_kl"), values.unbind(-1), strict=True))
+
     def response_logits(self, model: nn.Module, batch: DistillationBatch) -> Logits:
         """Logits of a model at the response tokens, as hidden states where that is the same."""
         rows = slice(batch.n_prompt - 1, batch.input_ids.shape[1] - 1)
@@ -562,7 +605,7 @@ class Distiller:
     ) -> dict[str, Any]:
         """Responses, losses and gradients of one step."""
         weights = None if self.weighting is None else self.weighting.weights(self, step)
-        index = self._order(step, batch_size)
+        index = self.draw_prompts(step, batch_size)
         prefix = self._prefix_at(step)
         n_drawn = len(index)
         if weights is not None:
@@ -596,7 +639,7 @@ class Distiller:
         total = 0.0
         # A process without a prompt takes part in the exchange of gradients with weight 0.
         if batch is None:
-            index = self._order(step, batch_size)[:1]
+            index = self.draw_prompts(step, batch_size)[:1]
             batch = self._batch(index, np.zeros(1), prefix, step)
         size = micro_batch_size or len(batch.index)
         starts = range(0, len(batch.index), size)
@@ -674,17 +717,6 @@ class Distiller:
             device=self._device,
         )
 
-    def _order(self, step: int, batch_size: int) -> np.ndarray:
-        """The step's prompts: the next ones of shuffled epochs, which need no state."""
-        n = len(self.prompt_ids_)
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
-        result = np.empty(batch_size, dtype=np.int64)
-        for epoch in np.unique(positions // n):
-            order = np.random.default_rng(self.seed_of("order", int(epoch))).permutation(n)
-            here = positions // n == epoch
-            result[here] = order[positions[here] % n]
-        return result
-
     def _prefix_at(self, step: int) -> str:
         if isinstance(self.prefix, str):
             return self.prefix
@@ -717,15 +749,7 @@ class Distiller:
             raise ValueError(
                 f"teacher must be on the student's device {self._device}, got {teacher_device}"
             )
-        sizes = [cast(Any, m).get_output_embeddings().weight.shape[0] for m in self._models]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"teacher must have the student's vocabulary of {sizes[0]} tokens, got {sizes[1]}"
-            )
-
-    @property
-    def _models(self) -> tuple[nn.Module, nn.Module]:
-        return self.student, self.teacher
+        self.check_models()
 
     def _answer(
         self,
@@ -795,9 +819,9 @@ class Distiller:
         """Means over tokens on the same prompts, seeds and cap every time."""
         assert prompts is not None
         self.student.eval()
-        sums, n_tokens, nll, n_given = np.zeros(3), 0, 0.0, 0
+        sums: dict[str, float] = {}
+        n_tokens, nll, n_given = 0, 0.0, 0
         answers: list[Tensor] = []
-        reduction = combine((entropy, []), (forward_kl, [0]), (reverse_kl, [0]))
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
             index, ones = np.arange(len(some)), np.ones(len(some))
@@ -807,9 +831,9 @@ class Distiller:
             with torch.no_grad(), self._autocast():
                 batch = self._collate(index, ones, some, part, "held out", 0)
                 ours = self.response_logits(self.student, batch)
-                theirs = self.response_logits(self.teacher, batch)
-                values = reduce_rows(reduction, ours, theirs, mask=batch.response_mask)
-                sums += values.double().sum((0, 1)).cpu().numpy()
+                for name, values in self.token_measures(batch, ours).items():
+                    total = values.double()[batch.response_mask].sum()
+                    sums[name] = sums.get(name, 0.0) + float(total)
                 n_tokens += int(batch.response_mask.sum())
                 if responses is not None:
                     given = [r[: self.cap] for r in responses[start : start + batch_size]]
@@ -818,9 +842,7 @@ class Distiller:
                     logps, mask = token_logps(logits, batch.labels, shift=False)
                     nll -= float(logps.double().sum())
                     n_given += int(mask.sum())
-        names = ("val_entropy", "val_forward_kl", "val_reverse_kl")
-        result = {name: float(value) / n_tokens for name, value in zip(names, sums, strict=True)}
-        result["val_entropy"] = max(result["val_entropy"], 0.0)
+        result = {f"val_{name}": total / n_tokens for name, total in sums.items()}
         result["val_length"] = n_tokens / len(prompts)
         if responses is not None:
             result["val_nll"] = nll / n_given

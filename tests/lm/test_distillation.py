@@ -405,7 +405,7 @@ def test_validation_measures_the_student():
         for p, r in zip(PROMPTS, drawn, strict=True)
     ]
     lengths = [len(r) for r in drawn]
-    want = np.average([float(e) for e in entropies], weights=lengths)
+    want = np.average([float(e.detach()) for e in entropies], weights=lengths)
     assert first["val_entropy"] == pytest.approx(want, rel=1e-4)
 
 
@@ -619,6 +619,43 @@ def test_a_step_without_a_weight_changes_nothing():
     ).fit(PROMPTS, n_steps=2, batch_size=3)
     assert [entry["loss"] for entry in distiller.history_] == [0.0, 0.0]
     assert torch.equal(weights(student), before)
+
+
+def test_subclasses_bring_their_own_teacher_and_groups_of_responses():
+    """A teacher of more tokens, cut to the student's, and two responses a prompt."""
+    config = llama(1).config
+    config.vocab_size = VOCABULARY + 3
+    torch.manual_seed(2)
+    teacher = LlamaForCausalLM(config).eval()
+    seen = []
+
+    class Grouped(Distiller):
+        def check_models(self):
+            pass
+
+        def draw_prompts(self, step, batch_size):
+            return np.repeat(super().draw_prompts(step, batch_size // 2), 2)
+
+        def teacher_logits(self, batch):
+            full = self.response_logits(self.teacher, batch)
+            return full._replace(weight=full.weight[:VOCABULARY])
+
+        def token_measures(self, batch, student_logits):
+            return {"ones": torch.ones(batch.response_mask.shape)}
+
+        def compute_loss(self, batch, *logits):
+            seen.append(batch)
+            return super().compute_loss(batch, *logits)
+
+    student = llama(0)
+    with pytest.raises(ValueError, match="vocabulary"):
+        Distiller(student, teacher).fit(PROMPTS)
+    distiller = Grouped(student, teacher, max_new_tokens=3, random_state=0).fit(
+        PROMPTS, n_steps=2, batch_size=4, validation_prompts=PROMPTS
+    )
+    assert distiller.history_[-1]["val_ones"] == 1
+    assert (seen[0].index[::2] == seen[0].index[1::2]).all()
+    assert not torch.equal(seen[0].labels[0], seen[0].labels[1])
 
 
 def test_every_epoch_takes_every_prompt_once():
