@@ -19,6 +19,10 @@ from .calibration import (
 )
 from .chipo import chi2_optimal_policy, chipo_inverse_link, chipo_link, chipo_loss
 from .distillation import Distiller, PromptWeighting
+from .distribution_matcher import (
+    DistributionMatcher,
+    best_of_n,
+)
 from .distribution_matching import (
     RunningPartition,
     best_of_n_kl,
@@ -51,6 +55,7 @@ from .mask_the_target import (
     TargetMaskedKLTrainerMixin,
     target_masked_kl,
 )
+from .mir import MIRTrainerMixin, mask_inputs, mir_loss, split_weight_decay
 from .moment_constraints import (
     fit_moment_coefficients,
 )
@@ -130,6 +135,7 @@ __all__ = [
     "DataConstrained",
     "DistillationBatch",
     "Distiller",
+    "DistributionMatcher",
     "EKSFTMask",
     "EKSFTTrainerMixin",
     "EntropyGatedLengthCurriculum",
@@ -137,6 +143,7 @@ __all__ = [
     "HiddenLogits",
     "LfURegularizer",
     "LfUTrainerMixin",
+    "MIRTrainerMixin",
     "PSKDClassifier",
     "PassRateEstimator",
     "PassRateWeighting",
@@ -154,6 +161,7 @@ __all__ = [
     "adaptive_kl",
     "as_compute_loss_func",
     "aurc",
+    "best_of_n",
     "best_of_n_kl",
     "beta_kernel_weights",
     "byte_language_model",
@@ -189,6 +197,8 @@ __all__ = [
     "load_smollm2",
     "log_partition",
     "log_sum_exp",
+    "mask_inputs",
+    "mir_loss",
     "mixed_kl",
     "negative_log_likelihood",
     "next_token_labels",
@@ -210,6 +220,7 @@ __all__ = [
     "sequence_logps",
     "smollm2_cache",
     "softmax_pullback",
+    "split_weight_decay",
     "sum_rows",
     "supervised_labels",
     "target_log_score",
