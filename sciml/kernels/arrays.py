@@ -19,10 +19,12 @@ __all__ = [
     "copy_rows",
     "empty",
     "take",
+    "take_block",
     "to_double",
     "to_numpy",
 ]
 
+Positions = np.ndarray[Any, np.dtype[np.int64]]
 Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 
 
@@ -80,18 +82,14 @@ def concatenate(parts: Sequence[Array], axis: int = 0) -> Array:
     return array_namespace(parts[0]).concatenate(parts, axis)
 
 
-def take(rows: Array, at: np.ndarray[Any, np.dtype[np.int64]]) -> Array:
+def take(rows: Array, at: Positions) -> Array:
     """Return the rows at some positions."""
-    library = array_library(rows)
-    if library == "torch":
-        import torch
+    return rows[_positions(at, rows)]
 
-        return rows[torch.as_tensor(at, device=rows.device)]
-    if library == "cupy":
-        import cupy
 
-        return rows[cupy.asarray(at)]
-    return rows[at]
+def take_block(matrix: Array, rows: Positions, columns: Positions) -> Array:
+    """Return the entries of some rows in some columns, shape ``(len(rows), len(columns))``."""
+    return matrix[_positions(rows, matrix)[:, None], _positions(columns, matrix)]
 
 
 def copy_rows(rows: Array) -> Array:
@@ -101,3 +99,16 @@ def copy_rows(rows: Array) -> Array:
         return rows.clone()
     # The copy of a memory map by its own method would again be a memory map.
     return rows.copy() if library == "cupy" else np.array(rows, copy=True)
+
+
+def _positions(at: Positions, like: Array) -> Array:
+    library = array_library(like)
+    if library == "torch":
+        import torch
+
+        return torch.as_tensor(at, device=like.device)
+    if library == "cupy":
+        import cupy
+
+        return cupy.asarray(at)
+    return at

@@ -39,6 +39,7 @@ from sciml.kernels.arrays import (
     concatenate,
     copy_rows,
     take,
+    take_block,
     to_double,
     to_numpy,
 )
@@ -340,7 +341,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         normalization = cast_like(self.normalization_, X)
         with _threads(self.n_jobs):
             if _is_precomputed(self.kernel):
-                return X[:, self.component_indices_] @ normalization.T
+                return take(X.T, self.component_indices_).T @ normalization.T
             return nystroem_features(
                 X,
                 cast_like(self.components_, X),
@@ -606,10 +607,10 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         else:
             # Points are rows of positions, and the kernel looks their values up.
             def kernel(X: Array, Y: Array | None) -> Array:
-                return precomputed[np.ix_(X[:, 0], (X if Y is None else Y)[:, 0])]
+                return take_block(precomputed, X[:, 0], (X if Y is None else Y)[:, 0])
 
             def diagonal(X: Array) -> Array:
-                return precomputed.diagonal()[X[:, 0]]
+                return take(precomputed.diagonal(), X[:, 0])
 
         return kernel, diagonal
 
