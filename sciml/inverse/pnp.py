@@ -20,6 +20,7 @@ References
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepinv.optim import ADMM, L2, PnP, Prior
@@ -31,6 +32,24 @@ from .lpn import LearnedProximalNetwork
 from .lpn_prior import LPNPrior
 
 __all__ = ["ConvergenceCertificate", "convergence_certificate", "pnp_admm"]
+
+
+class _WarmStartedPrior(LPNPrior):
+    """The prior within one run of a solver: each inversion starts where the last one ended."""
+
+    point: Tensor | None = None
+
+    def prox(
+        self,
+        x: Tensor,
+        *_: Any,
+        gamma: float | Tensor = 1.0,
+        init: Tensor | None = None,
+        **__: Any,
+    ) -> Tensor:
+        z = super().prox(x, gamma=gamma, init=self.point if init is None else init)
+        self.point = (x - (1 - gamma) * z) / gamma
+        return z
 
 
 def pnp_admm(
@@ -64,7 +83,7 @@ def pnp_admm(
     weight : float, default=1.0
         w in the prior's weight w rho, in (0, 1]. At 1 the prior enters by the network itself,
         as in the paper. Below, by the proximal operator of w R, which wants a proximal network
-        and an inversion, some ten evaluations, an iteration: so a small weight of the prior
+        and an inversion, some evaluations more, an iteration: so a small weight of the prior
         keeps the guarantee, where a small `rho` loses it.
     max_iter : int, default=100
         Iterations.
@@ -127,7 +146,7 @@ def pnp_admm(
         prior: Prior = PnP(net.eval())
         if weight < 1:
             # The inversion cannot do better than the rounding of the network's output.
-            prior = LPNPrior(net, tol=max(solver_tol, 100 * torch.finfo(y.dtype).eps))
+            prior = _WarmStartedPrior(net, tol=max(solver_tol, 100 * torch.finfo(y.dtype).eps))
         physics.set_ls_solver("CG", max_iter=solver_max_iter, tol=solver_tol)
         fidelity = L2()
         with torch.no_grad():

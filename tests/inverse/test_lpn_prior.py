@@ -175,6 +175,22 @@ def test_prox_below_one_minimises_its_problem(gamma):
         assert (cost <= rival + 1e-9).all()
 
 
+def test_prox_starts_where_it_is_told(monkeypatch):
+    net, y = dense(), points()
+    calls = []
+    forward = net.forward
+    monkeypatch.setattr(net, "forward", lambda x, s=None: calls.append(0) or forward(x, s))
+    prior = LPNPrior(net, tol=1e-8)
+    cold = prior.prox(y, gamma=0.3)
+    n_cold = len(calls)
+    calls.clear()
+    warm = prior.prox(y, gamma=0.3, init=(y - 0.7 * cold) / 0.3)
+    assert len(calls) < n_cold / 3
+    torch.testing.assert_close(warm, cold, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="init"):
+        prior.prox(y, gamma=0.3, init=y[:2])
+
+
 @pytest.mark.parametrize("gamma", [1.5, 0.0, -1.0])
 def test_prox_refuses_other_weights(gamma):
     with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\].*lambda_reg"):
