@@ -210,6 +210,7 @@ def rank(number, n_ranks, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # two processes import torch
 def test_processes_share_their_predictions(tmp_path):
     torch.multiprocessing.spawn(rank, (2, str(tmp_path)), nprocs=2)
     expected = torch.sigmoid(torch.arange(5.0))

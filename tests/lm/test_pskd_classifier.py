@@ -31,8 +31,8 @@ def batch_normalised(n_features, n_classes):
 
 @parametrize_with_checks(
     [
-        PSKDClassifier(hidden_layer_sizes=(16,), max_iter=30, batch_size=16),
-        PSKDClassifier(batch_normalised, max_iter=30, batch_size=16),
+        PSKDClassifier(hidden_layer_sizes=(16,), max_iter=8, batch_size=16),
+        PSKDClassifier(batch_normalised, max_iter=8, batch_size=16),
     ]
 )
 def test_scikit_learn_contract(estimator, check):
