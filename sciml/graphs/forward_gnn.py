@@ -160,7 +160,7 @@ class ForwardGNNClassifier(ClassifierMixin, BaseEstimator):
     With few labels, `SmoothFeatures` before training made up what ``"sf"`` lost to backpropagation
     on Cora's public split. ``"ff_virtual"`` needs a convolution that keeps the class node audible:
     GraphSAGE weighs it like any neighbour, while GCN divides it by the root of its degree and then
-    learns next to nothing.
+    needs long training (``patience=None``) at a larger `lr`.
 
     References
     ----------
