@@ -431,7 +431,7 @@ def _rows(
 def _default_chunk_size(n_vocabulary: int, hidden: bool, device: str) -> int:
     # On a CPU, rows that exist are best reduced inside the cache; a product with the output
     # layer needs more rows to pay for reading the layer. A GPU needs work for all its cores.
-    n_elements = (2**23 if hidden else 2**18) if device == "cpu" else 2**26
+    n_elements = (2**23 if hidden else 2**18) if device == "cpu" else 2**25
     return max(1, n_elements // max(n_vocabulary, 1))
 
 

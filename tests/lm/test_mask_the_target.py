@@ -1,5 +1,7 @@
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,14 @@ from sciml.lm import (
     TargetMaskedKL,
     TargetMaskedKLTrainerMixin,
     byte_language_model,
+    encode_bytes,
+    english_text,
     forward_kl,
+    perplexity,
     reduce_rows,
+    reference,
     target_masked_kl,
+    train_byte_language_model,
 )
 
 
@@ -335,3 +342,63 @@ def test_trainer_needs_adapters_or_a_reference_and_logs_both_parts(tmp_path):
         assert logs[-1]["nll"] < logs[0]["nll"]
         final[weight] = logs[-1]["target_masked_kl"]
     assert final[30.0] < 0.5 * final[0.0]
+
+
+def finetuned(base, task, kind, weight, seed):
+    """A LoRA copy of a byte model after 100 steps on other text."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(base), config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    objective = TargetMaskedKL(weight if kind == "masked" else 0.0)
+    for _ in range(100):
+        batch = task[torch.randint(len(task) - 128, (8, 1)) + torch.arange(128)]
+        with reference(model) as frozen:
+            ref_logits = frozen(input_ids=batch).logits
+        logits = model(input_ids=batch).logits
+        loss = objective(logits, batch, ref_logits=ref_logits)
+        if kind == "full":
+            loss = loss + weight * reduce_rows(forward_kl, logits, ref_logits)[:, :-1].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_it_forgets_less_than_cross_entropy_and_no_more_than_the_full_divergence():
+    text = english_text()
+    base = byte_language_model(64, 2)
+    train_byte_language_model(base, text[:-20_000], 500, learning_rate=5e-3)
+    numbers = torch.randint(0, 1000, (6000, 2), generator=torch.Generator().manual_seed(0))
+    sums = encode_bytes("".join(f"{a}+{b}={str(a + b)[::-1]};\n" for a, b in numbers.tolist()))
+
+    def losses(model):
+        return [math.log(perplexity(model, t)) for t in (sums[-8000:], text[-20_000:])]
+
+    start = losses(base)
+    runs = [
+        ("none", 0.0),
+        *((kind, weight) for kind in ("masked", "full") for weight in (0.1, 0.3, 1.0, 3.0)),
+    ]
+    mean = {
+        run: torch.tensor(
+            [losses(finetuned(base, sums[:-8000], *run, seed)) for seed in range(3)]
+        ).mean(0)
+        for run in runs
+    }
+    print(f"\nbase: new {start[0]:.3f}, old {start[1]:.3f}")
+    for (kind, weight), (new, old) in mean.items():
+        print(f"{kind:7s} {weight:3.1f}: new {new:.3f}, old {old:.3f}")
+    rise = mean["none", 0.0][1] - start[1]
+    assert 1 - (mean["masked", 0.3][1] - start[1]) / rise > 0.3
+    assert 1 - (mean["masked", 1.0][1] - start[1]) / rise > 0.6
+    assert mean["masked", 1.0][0] < 0.5 * start[0]  # it learns all the same
+    # On the full divergence's frontier: retention at the same new-task loss, interpolated.
+    full = sorted((mean[run] for run in runs if run[0] == "full"), key=lambda point: point[0])
+    full = torch.stack([mean["none", 0.0], *full]).double().numpy()
+    for weight in (0.3, 1.0):
+        new, old = mean["masked", weight].tolist()
+        assert old < np.interp(new, full[:, 0], full[:, 1]) + 0.02
