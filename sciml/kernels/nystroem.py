@@ -56,7 +56,14 @@ from sciml.kernels.nystroem_map import nystroem_features, nystroem_map
 from sciml.kernels.pairwise import KernelLike, kernel_diag, pairwise_kernel
 from sciml.kernels.ridge_leverage import check_kernel_matrix
 from sciml.kernels.rows import validate_rows
-from sciml.kernels.squeak import Dictionary, expand, merge_dictionaries, shrink, squeak_scores, thin
+from sciml.kernels.squeak import (
+    Dictionary,
+    expand,
+    keep_to_limit,
+    merge_dictionaries,
+    shrink,
+    squeak_scores,
+)
 
 __all__ = ["RidgeLeverageNystroem", "merge"]
 
@@ -115,8 +122,8 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     n_components : int, default=None
         For "uniform", "exact" and "recursive" the number of landmarks; None means 100, 100 and
         ``ceil(sqrt(n))``. For the others a limit. That of "squeak" holds at every moment of a
-        stream, by a budget that falls as the effective dimension grows: it bounds time a row
-        and memory.
+        stream, by a budget that falls, to ``2/(1 - eps)`` at least, and then by a ridge that
+        rises as the effective dimension grows: it bounds time a row and memory.
     budget : int, default=None
         For "squeak" and "ink" the copies q of a point, None meaning 20 and 600; for "bless"
         the oversampling factor, None meaning 2. More copies keep more landmarks. Guarantees
@@ -144,7 +151,9 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     weights_ : ndarray of shape (m,)
         Importance weights: 1 for landmarks of your own and for "recursive".
     leverage_scores_ : ndarray of shape (m,)
-        Estimated ridge leverage scores; NaN where none were estimated.
+        Estimated ridge leverage scores, for `ridge_`; NaN where none were estimated.
+    ridge_ : float
+        Ridge that the landmarks were chosen for: `ridge`, unless a limit made "squeak" raise it.
     effective_dimension_ : float
         Estimate of ``trace(K (K + ridge I)^{-1})`` from the weighted landmarks; for "recursive"
         and landmarks of your own that of the landmarks alone, which is a lower bound.
@@ -432,7 +441,7 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 check_finite("X", rows)
                 grown = expand(self._dictionary, rows, self._copies())
                 scores = squeak_scores(grown, kernel, self.ridge, self.eps)
-                self._dictionary = self._limit(shrink(grown, scores, rng), rng)
+                self._dictionary = self._limit(shrink(grown, scores, rng), rng, precomputed)
                 start += len(rows)
                 bar.update(len(rows))
             bar.close()
@@ -542,10 +551,17 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         merged = merge_dictionaries(a, b, kernel, self.ridge, self.eps, rng)
         return self._limit(merged, rng)
 
-    def _limit(self, dictionary: Dictionary, rng: np.random.RandomState) -> Dictionary:
+    def _limit(
+        self,
+        dictionary: Dictionary,
+        rng: np.random.RandomState,
+        precomputed: Array | None = None,
+    ) -> Dictionary:
         if self.n_components is None:
             return dictionary
-        return thin(dictionary, self.n_components, rng)
+        kernel, _ = self._kernel_functions(precomputed)
+        options = (kernel, self.ridge, self.eps, rng)
+        return keep_to_limit(dictionary, self.n_components, *options)
 
     def _unfitted(self) -> "RidgeLeverageNystroem":
         parameters = {**self.get_params(deep=False), "verbose": 0, "random_state": 0}
@@ -576,6 +592,8 @@ class RidgeLeverageNystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         *,
         plain: bool = False,
     ) -> None:
+        factor = 1.0 if self._dictionary is None else self._dictionary.ridge_factor
+        self.ridge_ = self.ridge * factor
         self.component_indices_ = indices
         self.weights_ = weights
         self.leverage_scores_ = scores

@@ -31,10 +31,10 @@ __all__ = [
     "Dictionary",
     "check_residuals",
     "expand",
+    "keep_to_limit",
     "merge_dictionaries",
     "shrink",
     "squeak_scores",
-    "thin",
 ]
 
 Kernel = Callable[[Array, Array | None], Array]
@@ -58,6 +58,8 @@ class Dictionary:
         Copies q that a point enters with.
     n_seen : int
         Points seen so far.
+    ridge_factor : float
+        How many times the ridge is raised, to keep to a limit.
     """
 
     points: Array
@@ -66,6 +68,7 @@ class Dictionary:
     copies: NDArray[np.int64]
     budget: float
     n_seen: int
+    ridge_factor: float = 1.0
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -79,7 +82,7 @@ class Dictionary:
 def expand(dictionary: Dictionary | None, points: Array, budget: int) -> Dictionary:
     """Add points with all their copies and weight 1.
 
-    After `thin` the budget of a dictionary may be no integer: new points then get the next one,
+    Under a limit the budget of a dictionary may be no integer: new points then get the next one,
     and a probability just above 1 makes their weight 1 again.
 
     Parameters
@@ -122,7 +125,7 @@ def squeak_scores(
     kernel : callable
         ``kernel(X, Y)`` returns the kernel matrix.
     ridge : float
-        Ridge of the scores.
+        Ridge of the scores, to be multiplied by the dictionary's `ridge_factor`.
     eps : float
         Accuracy in (0, 1).
     merged : bool, default=False
@@ -152,6 +155,7 @@ def squeak_scores(
     root = cast_like(np.sqrt(dictionary.weights), system)
     system *= root[:, None]
     system *= root
+    ridge = ridge * dictionary.ridge_factor
     inside = (1 + eps) * ridge if merged else ridge
     add_to_diagonal(system, inside)
     share = 1 - inside * to_numpy(inverse_diagonal(kernel_cholesky(system)))
@@ -236,28 +240,47 @@ def merge_dictionaries(
     return shrink(both, squeak_scores(both, kernel, ridge, eps, merged=True), rng)
 
 
-def thin(dictionary: Dictionary, n_components: int, rng: np.random.RandomState) -> Dictionary:
-    """Lower the budget at random until at most `n_components` points are left.
+def keep_to_limit(
+    dictionary: Dictionary,
+    n_components: int,
+    kernel: Kernel,
+    ridge: float,
+    eps: float,
+    rng: np.random.RandomState,
+) -> Dictionary:
+    """Lower the budget, and then raise the ridge, until at most `n_components` points are left.
 
-    Copies are thinned binomially, so the result is distributed as if the smaller budget had
-    been set from the start, and weights stay unbiased.
+    Copies are thinned binomially, so a lower budget is as if it had been set from the start. It
+    does not fall below ``2/(1 - eps)``: as a point with one copy has a weight of 1/(budget p~),
+    which bounds its next estimate by ``(1 - eps) budget p~``, a budget below ``1/(1 - eps)`` would
+    make probabilities fall at each update, whatever the data. A higher ridge asks for less: the
+    dictionary becomes one for the directions that the limit has room for. Weights stay unbiased
+    either way.
 
     Parameters
     ----------
     dictionary : Dictionary
-        Dictionary to thin.
+        Dictionary.
     n_components : int
         Largest number of points.
-    rng : numpy.random.RandomState
-        Draws the binomials.
+    kernel, ridge, eps, rng
+        As in `squeak_scores` and `shrink`.
 
     Returns
     -------
     Dictionary
     """
+    floor = 2 / (1 - eps)
     while len(dictionary) > n_components:
-        share = max(0.5, min(0.95, n_components / len(dictionary)))
-        dictionary = _keep_copies(dictionary, share, rng)
+        if dictionary.budget > floor:
+            share = max(0.5, min(0.95, n_components / len(dictionary)))
+            budget = max(floor, share * dictionary.budget)  # against rounding
+            dictionary = replace(
+                _keep_copies(dictionary, budget / dictionary.budget, rng), budget=budget
+            )
+        else:
+            dictionary = replace(dictionary, ridge_factor=1.25 * dictionary.ridge_factor)
+            dictionary = shrink(dictionary, squeak_scores(dictionary, kernel, ridge, eps), rng)
     return dictionary
 
 
@@ -287,4 +310,5 @@ def _union(a: Dictionary, b: Dictionary, *, n_seen: int) -> Dictionary:
         np.concatenate([a.copies, b.copies]),
         a.budget,
         n_seen,
+        max(a.ridge_factor, b.ridge_factor),
     )
