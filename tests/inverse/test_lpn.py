@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sciml.inverse import FullyConnectedLPN, LearnedProximalNetwork, PatchLPN, ProximalOperator
+from sciml.inverse.lpn import _softplus
 
 
 def small_net(strong_convexity=0.05, seed=0, size=(8, 8), channels=1):
@@ -160,6 +161,19 @@ def test_dense_network_equals_matrix_formulas():
     point = torch.tensor(x)[None]
     np.testing.assert_allclose(net.potential(point).detach().numpy(), psi, rtol=1e-8)
     np.testing.assert_allclose(net(point)[0].detach().numpy(), f, rtol=1e-7)
+
+
+def test_softplus_makes_no_denormal_numbers_and_stays_convex():
+    x = torch.linspace(-2, 1, 30_001).requires_grad_()
+    value = _softplus(x, 100.0)
+    torch.testing.assert_close(value, F.softplus(x, 100.0), rtol=1e-6, atol=1e-15)
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    assert (slope.diff() >= -1e-6).all()
+    tiny = torch.finfo(torch.float32).tiny
+    for numbers in (value.detach(), slope):
+        assert ((numbers == 0) | (numbers >= tiny)).all()
+    (plain,) = torch.autograd.grad(F.softplus(x, 100.0).sum(), x)
+    assert ((plain > 0) & (plain < tiny)).any()
 
 
 @pytest.mark.parametrize("name", NETS)
