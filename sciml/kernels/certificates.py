@@ -32,7 +32,7 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sciml._check import check_choice, check_same_length, check_shape
-from sciml.kernels.bisection import largest_certified_radii
+from sciml.kernels.interval_bounds import largest_certified_radii
 from sciml.kernels.kernel_machine import KernelMachineClassifier
 from sciml.kernels.ntk import NNGP, NTK
 from sciml.kernels.pairwise import kernel_matmul

@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
 from sciml.kernels import NTKNetwork, ibp_bounds, ibp_certified_radius, train_ntk_network
+from sciml.kernels.interval_bounds import largest_certified_radii
 
 
 def generator(seed=0):
@@ -192,3 +195,53 @@ def test_bounds_reject(arguments, error, message):
 def test_certified_radius_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         ibp_certified_radius(**{"network": NETWORKS["sequential"], "X": X, **arguments})
+
+
+# ---------------------------------------------------------------- search for the radius
+
+
+def radii_below(thresholds, wanted=None, scale=1.0, max_radius=None, tol=1e-6):
+    thresholds = np.asarray(thresholds, dtype=float)
+    wanted = np.ones(len(thresholds), dtype=bool) if wanted is None else np.asarray(wanted)
+    return largest_certified_radii(
+        lambda rows, radius: (radius < thresholds[rows]) & (thresholds[rows] > 0),
+        wanted,
+        scale=scale,
+        max_radius=max_radius,
+        tol=tol,
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    thresholds=st.lists(st.floats(1e-9, 1e5), max_size=20),
+    tol=st.sampled_from([1e-2, 1e-6, 1e-12]),
+)
+def test_result_is_just_below_the_threshold(thresholds, tol):
+    found = radii_below(thresholds, tol=tol)
+    assert found.shape == (len(thresholds),)
+    assert (found < thresholds).all()
+    assert (found >= (1 - tol) * np.array(thresholds) * (1 - 1e-15)).all()
+
+
+def test_limits_of_the_search():
+    found = radii_below(
+        [0.3, 0.0, 0.3, np.inf, 5.0], [True, True, False, True, True], max_radius=2.0
+    )
+    np.testing.assert_allclose(found, [0.3, 0, 0, 2.0, 2.0], rtol=1e-6)
+    assert radii_below([np.inf], scale=3.0)[0] == 3.0 * 2**20
+    assert radii_below([0.3], max_radius=0.001)[0] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tol": 0.0}, "tol"),
+        ({"tol": 1.0}, "tol"),
+        ({"max_radius": 0.0}, "max_radius"),
+        ({"max_radius": np.inf}, "max_radius"),
+    ],
+)
+def test_the_search_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        radii_below([1.0], **arguments)
