@@ -5,13 +5,13 @@ Short responses first, longer ones while entropy lasts
 On-policy distillation lets the student write, and a student that cannot yet write wastes most of
 what it writes. A cap on the length that rises only while the student's entropy is high spends the
 same number of updates on fewer tokens. The task can be checked: the running sums, modulo 10, of
-ten digits.
+six digits.
 """
 
 # %%
 # The task
 # --------
-# The prompt is ten digits and ``=``, the response their ten running sums and the end token. All
+# The prompt is six digits and ``=``, the response their six running sums and the end token. All
 # sums after a wrong one are relative to it, so the teacher can go on from a student's mistake.
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sciml.lm import Distiller, EntropyGatedLengthCurriculum
 
-N_DIGITS, EQUALS, EOS, PAD = 10, 10, 11, 12
-LENGTHS, STEPS, N_SEEDS = (2, 4, 8, 16), 240, 3
+N_DIGITS, EQUALS, EOS, PAD = 6, 10, 11, 12
+LENGTHS, STEPS, N_SEEDS = (2, 4, 8), 240, 3
 
 
 def problems(n, seed):
@@ -65,7 +65,7 @@ def supervise(model, n_steps, seed, batch_size=64):
 # %%
 # Teacher and student
 # -------------------
-# The student of half the depth is stopped early: it knows the form, not yet the sums.
+# The smaller student is stopped early: it knows the form, not yet the sums.
 held_out, held_out_sums = problems(100, 1)
 
 
@@ -82,15 +82,18 @@ def accuracy(model):
 
 def make_pair(seed):
     teacher = language_model(64, 2, seed)
-    supervise(teacher, 500, seed)
-    student = language_model(48, 1, 100 + seed)
-    supervise(student, 60, 100 + seed)
+    supervise(teacher, 400, seed)
+    student = language_model(48, 2, 100 + seed)
+    supervise(student, 80, 100 + seed)
     return teacher, student
 
 
 # %%
 # The same updates at a fixed cap and under the curriculum
 # --------------------------------------------------------
+# A low entropy is meant to betray a student that repeats itself. Where there is one right answer it
+# also falls as the student learns, and the default gate, half of the initial entropy, would freeze
+# the cap of a student that has just mastered two tokens. Hence an absolute, small threshold.
 results = {name: [] for name in ("fixed", "curriculum")}
 for seed in range(N_SEEDS):
     teacher, student = make_pair(seed)
@@ -101,14 +104,14 @@ for seed in range(N_SEEDS):
     prompts, _ = problems(2000, [2, seed])
     for name in results:
         student.load_state_dict(start)
-        ladder = EntropyGatedLengthCurriculum(LENGTHS, stage_steps=40)
+        ladder = EntropyGatedLengthCurriculum(LENGTHS, stage_steps=40, min_entropy=0.02)
         distiller = Distiller(
             student,
             teacher,
-            objective="reverse_kl",
+            objective="mixed_kl",
             max_new_tokens=LENGTHS[-1],
             curriculum=ladder if name == "curriculum" else None,
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             random_state=seed,
         )
         distiller.fit(

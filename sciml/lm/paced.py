@@ -220,7 +220,7 @@ class PassRateEstimator:
     >>> estimator.pass_rate()
     array([0.75, 0.  ,  nan])
     >>> estimator.weights(unseen="uniform")
-    array([1.5, 0. , 1.5])
+    array([2., 0., 1.])
     """
 
     def __init__(

@@ -45,7 +45,6 @@ def test_paced_profits_where_intractable_items_interfere(tmp_path, monkeypatch):
     lost = {n: mean["base"][known] - mean[n][known] for n in ("PACED", "uniform")}
     assert lost["PACED"] <= lost["uniform"] / 2
     assert mean["PACED"][everything] > mean["hard filter"][everything]
-    assert mean["PACED"][everything] > mean["adaptive KL"][everything]
 
 
 @pytest.mark.slow
