@@ -137,7 +137,8 @@ class Distiller:
     average : {"token", "sequence"}, default="token"
         Mean over all response tokens of a batch (the paper's), or over responses of their mean.
     curriculum : EntropyGatedLengthCurriculum or None, default=None
-        Raises the cap in training; needs ``validation_prompts`` in ``fit``.
+        Raises the cap in training; needs ``validation_prompts`` in ``fit``. It has a state: give
+        each run a new one, as with `weighting`.
     weighting : PromptWeighting or None, default=None
         Weights of prompts, for example `PassRateWeighting`; needs ``average="sequence"``. Prompts
         of weight 0 are neither answered nor read, but count in the mean.
@@ -164,6 +165,8 @@ class Distiller:
         returned as "val_<name>". An entry of step 0 with these comes first.
     n_generated_tokens_ : int
         Tokens that the student has written for training.
+    prompt_ids_ : list of LongTensor
+        The prompts of ``fit``.
 
     Raises
     ------
@@ -348,7 +351,6 @@ class Distiller:
             ("teacher_top_k", teacher_top_k),
         ):
             check_integer(name, value, 1)
-        self.prompts_ = prompts
         self.prompt_ids_ = self._token_ids("prompts", prompts)
         given = None if responses is None else self._token_ids("responses", responses)
         if given is not None:
