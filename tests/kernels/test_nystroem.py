@@ -1,6 +1,7 @@
 """Ridge-leverage Nyström: guarantees, agreement with scikit-learn, streams, merges, bad input."""
 
 import pickle
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from sciml.kernels import (
     RidgeLeverageNystroem,
     effective_dimension,
     merge,
+    nystroem_map,
     pairwise_kernel,
     ridge_leverage_scores,
 )
@@ -128,6 +130,32 @@ def test_uniform_equals_scikit_learn(kernel):
         np.testing.assert_allclose(
             ours.normalization_.T @ ours.normalization_, gram, rtol=1e-6, atol=1e-6 * gram.max()
         )
+
+
+@pytest.mark.parametrize("n_jobs", [None, 1, 2])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kernel", ["rbf", NTK(2), lambda X, Y: 1 + X @ Y.T])
+def test_features_are_kernel_values_times_the_map(kernel, dtype, n_jobs, monkeypatch):
+    monkeypatch.setattr(nystroem_map, "_TILE_ENTRIES", 64 * 20)  # several tiles, the last smaller
+    X = np.random.default_rng(0).standard_normal((1000, 4)).astype(dtype)
+    options = {"method": "uniform", "n_components": 20, "random_state": 0, "n_jobs": n_jobs}
+    fitted = RidgeLeverageNystroem(kernel, **options).fit(X)
+    expected = pairwise_kernel(X, fitted.components_, kernel) @ fitted.normalization_.T
+    Z = fitted.transform(X)
+    assert Z.dtype == dtype
+    tolerance = 1e-4 if dtype == np.float32 else 1e-11
+    np.testing.assert_allclose(Z, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_features_need_little_memory_besides_themselves():
+    X = np.random.default_rng(0).standard_normal((20_000, 5))
+    fitted = RidgeLeverageNystroem(method="uniform", random_state=0).fit(X)
+    fitted.transform(X[:100])
+    tracemalloc.start()
+    Z = fitted.transform(X)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.15 * Z.nbytes
 
 
 def test_own_landmarks():
