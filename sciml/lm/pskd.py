@@ -140,10 +140,7 @@ def pskd_loss(
         raise ValueError(
             f"previous must have shape {tuple(logits.shape)} as logits, got {tuple(previous.shape)}"
         )
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    soft = previous.detach().to(logits) * alpha
-    soft.scatter_add_(1, target.long()[:, None], soft.new_full((len(soft), 1), 1 - alpha))
-    return F.cross_entropy(logits, soft, reduction=reduction)
+    return _soft_cross_entropy(logits, target, previous.detach(), alpha, reduction)
 
 
 class _ProgressiveLoss(nn.Module):
@@ -277,7 +274,7 @@ class ProgressiveSelfKDLoss(_ProgressiveLoss):
         if not bool(seen.all()):
             labels = F.one_hot(target.long(), self.num_classes).to(previous)
             previous = torch.where(seen[:, None], previous, labels)
-        loss = pskd_loss(logits, target, previous, self.alpha)
+        loss = _soft_cross_entropy(logits, target, previous, self.alpha, "mean")
         if self.training:
             probability = logits.detach().float().softmax(1)
             rows, probability = gather_rows(index.to(logits.device), probability)
@@ -531,6 +528,15 @@ def _top_k_cross_entropy(alpha: float, top_k: int | None = None) -> RowReduction
         return values, pullback
 
     return reduction
+
+
+def _soft_cross_entropy(
+    logits: Tensor, target: Tensor, previous: Tensor, alpha: float, reduction: str
+) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    soft = previous.to(logits) * alpha
+    soft.scatter_add_(1, target.long()[:, None], soft.new_full((len(soft), 1), 1 - alpha))
+    return F.cross_entropy(logits, soft, reduction=reduction)
 
 
 def _check_classification(logits: Any, target: Any) -> None:
