@@ -25,7 +25,7 @@ from sciml.lm.mir import mask_inputs, split_weight_decay
 MASK = 256
 LENGTH = 128
 BATCH = 16
-RATES = {32: 6e-3, 64: 4e-3, 96: 3e-3, 128: 3e-3, 192: 2e-3, 256: 1.5e-3, 384: 1e-3}
+RATES = {16: 8e-3, 32: 6e-3, 64: 4e-3, 96: 3e-3}
 
 
 class Block(nn.Module):
@@ -195,29 +195,18 @@ class Trainer:
 
 
 def scaling_runs():
-    widths, sizes = (32, 64, 128, 256, 384), (25_000, 50_000, 100_000, 200_000, 400_000)
-    for width, unique in itertools.product(widths, sizes):
-        for epochs in (1, 2, 4, 8, 16, 32, 64):
-            if unique * epochs > 6_500_000:
-                continue
-            for weight_decay in (0.1, 1.0):
+    """Four sizes on four corpora, from one epoch to far past the best."""
+    for width, unique in itertools.product((16, 32, 64, 96), (12_500, 25_000, 50_000, 100_000)):
+        for epochs in (1, 4, 16, 32, 64):
+            if unique * epochs <= 1_700_000:
                 yield {
                     "width": width,
                     "unique": unique,
                     "epochs": epochs,
-                    "weight_decay": weight_decay,
+                    "weight_decay": 1.0,
                     "mir_weight": 0.0,
                     "seed": 0,
                 }
-                if epochs >= 8 and weight_decay == 1.0:
-                    yield {
-                        "width": width,
-                        "unique": unique,
-                        "epochs": epochs,
-                        "weight_decay": weight_decay,
-                        "mir_weight": 0.4,
-                        "seed": 0,
-                    }
 
 
 def mir_runs():

@@ -253,19 +253,23 @@ class _ScalingLaw(RegressorMixin, BaseEstimator):
             (gradient,) = torch.autograd.grad(value, point)
             return value.item(), gradient.numpy()
 
-        results = [
-            minimize(
-                objective,
-                np.clip(start, low, high),
-                jac=True,
-                method="L-BFGS-B",
-                bounds=bounds,
-                options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 30},
-            )
-            for start in starts
-        ]
+        def descend(start: Array) -> Any:
+            for _ in range(3):  # rounding can stop a line search: go on from there
+                result = minimize(
+                    objective,
+                    np.clip(start, low, high),
+                    jac=True,
+                    method="L-BFGS-B",
+                    bounds=bounds,
+                    options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 30},
+                )
+                if result.success:
+                    break
+                start = result.x
+            return result
+
+        results = [descend(start) for start in starts]
         finite = [result for result in results if np.isfinite(result.fun)]
-        # A line search that rounding stops at a minimum counts as arrived there.
         arrived = [r.success or np.abs(r.jac).max() < 1e-3 * (1 + r.fun) for r in finite]
         if not any(arrived):
             warnings.warn(
