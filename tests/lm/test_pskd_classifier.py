@@ -68,7 +68,9 @@ def test_a_module_of_your_own_is_trained_reproducibly():
     single = X[:300].astype(np.float32)
     kept = single.copy()
     models = [
-        PSKDClassifier(batch_normalised, max_iter=12, random_state=0).fit(single, Y[:300])
+        PSKDClassifier(batch_normalised, max_iter=12, batch_size=32, random_state=0).fit(
+            single, Y[:300]
+        )
         for _ in range(2)
     ]
     assert torch.equal(torch.get_rng_state(), state)
