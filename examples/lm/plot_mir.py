@@ -55,7 +55,7 @@ def train(weight_decay, mir_weight, n_epochs):
 
 # %%
 # Train: weak decay, strong decay, strong decay with masked inputs, strong decay for longer.
-n_epochs = 16
+n_epochs = 28
 arms = {
     "decay 0.1": (0.1, 0.0, n_epochs),
     "decay 3": (3.0, 0.0, n_epochs),
