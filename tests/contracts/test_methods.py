@@ -11,7 +11,7 @@ import sciml
 from sciml.methods import METHODS, table
 
 ROOT = Path(__file__).parents[2]
-DOMAINS = ("graphs", "inverse", "inverse.seismic", "kernels", "layerwise")
+DOMAINS = ("graphs", "inverse", "inverse.seismic", "kernels", "layerwise", "lm")
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
