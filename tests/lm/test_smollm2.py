@@ -22,7 +22,7 @@ what they did here."""
 
 
 # Measured once on two CPUs, float32.
-PERPLEXITY = 0.0
+PERPLEXITY = 17.293
 
 
 def fake_conversion(calls):
