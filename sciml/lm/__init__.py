@@ -48,6 +48,7 @@ from .divergences import (
     top_k_log_probs,
 )
 from .eksft import EKSFTMask, EKSFTTrainerMixin, eksft_loss, eksft_mask
+from .grpo import clipped_policy_loss, grpo_advantages, grpo_loss
 from .length_curriculum import EntropyGatedLengthCurriculum
 from .lfu import LfURegularizer, LfUTrainerMixin, consistency_loss
 from .mask_the_target import (
@@ -98,6 +99,15 @@ from .smollm2 import (
     load_smollm2,
     smollm2_cache,
 )
+from .span_annotation import (
+    LanguageModelAnnotator,
+    RuleAnnotator,
+    SpanAnnotation,
+    SpanAnnotator,
+    route_tokens,
+    split_sentences,
+    token_offsets,
+)
 from .token_reduction import (
     next_token_labels,
     reduce_tokens,
@@ -106,6 +116,8 @@ from .token_reduction import (
     token_logps,
     token_weights,
 )
+from .trace import TraceLoss, anneal_weight, pointwise_clipped_kl
+from .trace_trainer import TraceBatch, TraceTrainer, append_hint
 from .trainer_losses import (
     ReferenceLossMixin,
     as_compute_loss_func,
@@ -141,6 +153,7 @@ __all__ = [
     "EntropyGatedLengthCurriculum",
     "GradientSNR",
     "HiddenLogits",
+    "LanguageModelAnnotator",
     "LfURegularizer",
     "LfUTrainerMixin",
     "MIRTrainerMixin",
@@ -152,13 +165,21 @@ __all__ = [
     "ProgressiveSelfKDTokenLoss",
     "PromptWeighting",
     "ReferenceLossMixin",
+    "RuleAnnotator",
     "RunningPartition",
     "SoftQ",
+    "SpanAnnotation",
+    "SpanAnnotator",
     "TargetMaskedKL",
     "TargetMaskedKLTrainerMixin",
     "TopKLogProbs",
+    "TraceBatch",
+    "TraceLoss",
+    "TraceTrainer",
     "TwoStageKL",
     "adaptive_kl",
+    "anneal_weight",
+    "append_hint",
     "as_compute_loss_func",
     "aurc",
     "best_of_n",
@@ -169,6 +190,7 @@ __all__ = [
     "chipo_inverse_link",
     "chipo_link",
     "chipo_loss",
+    "clipped_policy_loss",
     "combine",
     "consistency_loss",
     "decode_bytes",
@@ -189,6 +211,8 @@ __all__ = [
     "forward_kl",
     "generalized_jsd",
     "gradient_snr",
+    "grpo_advantages",
+    "grpo_loss",
     "hard_filter_weights",
     "hidden_logits",
     "kl_rl_loss",
@@ -206,6 +230,7 @@ __all__ = [
     "paced_loss",
     "perplexity",
     "plot_gradient_snr",
+    "pointwise_clipped_kl",
     "precompute_reference_logps",
     "pskd_loss",
     "pskd_token_loss",
@@ -215,11 +240,13 @@ __all__ = [
     "reference",
     "reinforce_loss",
     "reverse_kl",
+    "route_tokens",
     "sampled_reverse_kl",
     "sampled_reverse_kl_from_logps",
     "sequence_logps",
     "smollm2_cache",
     "softmax_pullback",
+    "split_sentences",
     "split_weight_decay",
     "sum_rows",
     "supervised_labels",
@@ -228,6 +255,7 @@ __all__ = [
     "tempered",
     "token_kl",
     "token_logps",
+    "token_offsets",
     "token_weights",
     "top_k_log_probs",
     "top_k_predictions",
