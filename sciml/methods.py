@@ -231,6 +231,27 @@ METHODS: tuple[Method, ...] = (
         "arXiv:2203.15556, arXiv:2305.16264",
         "stable",
     ),
+    Method(
+        "Distillation by prefix and direction",
+        "distil a language model on its own or the teacher's text, by forward or reverse KL",
+        "sciml.lm.distillation:Distiller",
+        "arXiv:2605.16826",
+        "stable",
+    ),
+    Method(
+        "Entropy-gated length curriculum",
+        "let generated text grow longer only while the student's entropy holds",
+        "sciml.lm.length_curriculum:EntropyGatedLengthCurriculum",
+        "arXiv:2605.16826",
+        "partial",
+    ),
+    Method(
+        "PACED",
+        "weight problems by the student's pass rate, so that hopeless ones do no harm",
+        "sciml.lm.paced:beta_kernel_weights",
+        "arXiv:2603.11178",
+        "partial",
+    ),
 )
 
 
