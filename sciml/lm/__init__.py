@@ -18,6 +18,15 @@ from .calibration import (
     negative_log_likelihood,
 )
 from .chipo import chi2_optimal_policy, chipo_inverse_link, chipo_link, chipo_loss
+from .cross_tokenizer import (
+    CrossTokenizerDistillationLoss,
+    combine_teachers,
+    hybrid_kl_loss,
+    hybrid_uld_loss,
+    projected_kl_loss,
+    teacher_scores,
+    uld_loss,
+)
 from .distillation import Distiller, PromptWeighting
 from .distribution_matcher import (
     DistributionMatcher,
@@ -99,6 +108,7 @@ from .smollm2 import (
     load_smollm2,
     smollm2_cache,
 )
+from .span_alignment import AlignedTexts, align_offsets, align_spans, align_texts
 from .span_annotation import (
     LanguageModelAnnotator,
     RuleAnnotator,
@@ -108,6 +118,8 @@ from .span_annotation import (
     split_sentences,
     token_offsets,
 )
+from .token_bytes import token_bytes
+from .token_projection import TokenProjection, build_token_projection, coverage_report
 from .token_reduction import (
     next_token_labels,
     reduce_tokens,
@@ -141,9 +153,11 @@ if TYPE_CHECKING:
     from .chipo_trainer import ChiPOConfig, ChiPOTrainer
 
 __all__ = [
+    "AlignedTexts",
     "ChiPOConfig",
     "ChiPOTrainer",
     "Chinchilla",
+    "CrossTokenizerDistillationLoss",
     "DataConstrained",
     "DistillationBatch",
     "Distiller",
@@ -172,12 +186,16 @@ __all__ = [
     "SpanAnnotator",
     "TargetMaskedKL",
     "TargetMaskedKLTrainerMixin",
+    "TokenProjection",
     "TopKLogProbs",
     "TraceBatch",
     "TraceLoss",
     "TraceTrainer",
     "TwoStageKL",
     "adaptive_kl",
+    "align_offsets",
+    "align_spans",
+    "align_texts",
     "anneal_weight",
     "append_hint",
     "as_compute_loss_func",
@@ -185,6 +203,7 @@ __all__ = [
     "best_of_n",
     "best_of_n_kl",
     "beta_kernel_weights",
+    "build_token_projection",
     "byte_language_model",
     "chi2_optimal_policy",
     "chipo_inverse_link",
@@ -192,7 +211,9 @@ __all__ = [
     "chipo_loss",
     "clipped_policy_loss",
     "combine",
+    "combine_teachers",
     "consistency_loss",
+    "coverage_report",
     "decode_bytes",
     "eaurc",
     "effective_sample_size",
@@ -215,6 +236,8 @@ __all__ = [
     "grpo_loss",
     "hard_filter_weights",
     "hidden_logits",
+    "hybrid_kl_loss",
+    "hybrid_uld_loss",
     "kl_rl_loss",
     "label_logp",
     "linear_alpha",
@@ -232,6 +255,7 @@ __all__ = [
     "plot_gradient_snr",
     "pointwise_clipped_kl",
     "precompute_reference_logps",
+    "projected_kl_loss",
     "pskd_loss",
     "pskd_token_loss",
     "quasi_rejection_accept",
@@ -252,7 +276,9 @@ __all__ = [
     "supervised_labels",
     "target_log_score",
     "target_masked_kl",
+    "teacher_scores",
     "tempered",
+    "token_bytes",
     "token_kl",
     "token_logps",
     "token_offsets",
@@ -260,6 +286,7 @@ __all__ = [
     "top_k_log_probs",
     "top_k_predictions",
     "train_byte_language_model",
+    "uld_loss",
     "unwrap_model",
     "weighting_efficiency",
 ]
