@@ -153,7 +153,8 @@ def exact_match(response: str, answer: str) -> bool:
     return response.split() == answer.split()
 
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+# A sign behind a digit is an operation: "16-3" ends on 3.
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def numeric_match(response: str, answer: str | float, tolerance: float = 1e-6) -> bool:

@@ -97,6 +97,8 @@ def test_estimated_kernel_is_biased_by_a_constant_factor(p, trials):
         ("-3", "#### -3", False, True),
         ("18.0000001", "18", False, True),
         ("18.01", "18", False, False),
+        ("it is 16-13", "13", False, True),
+        ("it is (-13)", "-13", False, True),
         ("18%", "18", False, True),
         ("1e3", "1000", False, True),
         ("it is .5", "0.5", False, True),
