@@ -195,10 +195,10 @@ class Trainer:
 
 
 def scaling_runs():
-    """Four sizes on four corpora, from one epoch to far past the best."""
-    for width, unique in itertools.product((16, 32, 64, 96), (12_500, 25_000, 50_000, 100_000)):
-        for epochs in (1, 4, 16, 32, 64):
-            if unique * epochs <= 1_700_000:
+    """Three sizes on four corpora, from few epochs to past the best."""
+    for width, unique in itertools.product((16, 32, 64), (10_000, 20_000, 40_000, 80_000)):
+        for epochs in (2, 8, 16, 32):
+            if unique * epochs <= 1_300_000:
                 yield {
                     "width": width,
                     "unique": unique,
