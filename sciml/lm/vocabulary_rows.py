@@ -343,7 +343,8 @@ class _Rows(NamedTuple):
     layout: tuple[bool, ...]  # for logits and each side: is it a HiddenLogits (three tensors)?
     chosen: Tensor | None  # the rows to compute, where not all of them
     n_rows: int
-    chunk_size: int
+    chunk_size: int  # rows of one product with the output layer
+    block_size: int | None  # rows of one reduction, within a chunk
     dtype: torch.dtype
     product_dtype: torch.dtype | None  # of autocast, where on
 
@@ -352,6 +353,11 @@ class _Rows(NamedTuple):
         starts = range(0, max(self.n_rows, 1), self.chunk_size)
         slices = [slice(start, min(start + self.chunk_size, self.n_rows)) for start in starts]
         return list(slices) if self.chosen is None else [self.chosen[s] for s in slices]
+
+    def blocks(self, n: int) -> list[slice]:
+        """Rows of a chunk to reduce at once: all of them, or on a CPU what fits into the cache."""
+        size = self.block_size or max(n, 1)
+        return [slice(start, start + size) for start in range(0, max(n, 1), size)]
 
     def read(self, tensors: Sequence[Tensor | None], rows: slice | Tensor) -> list[Tensor]:
         """Logits and sides of some rows, in the dtype of the arithmetic."""
@@ -424,15 +430,58 @@ def _rows(
         chunk_size = _default_chunk_size(vocabulary_size(logits), any(layout), device)
     check_integer("chunk_size", chunk_size, 1)
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    rows = _Rows(shape, tuple(layout), chosen, n_rows, chunk_size, dtype, product_dtype)
+    block_size = (
+        _CPU_BLOCK // vocabulary_size(logits) or 1 if device == "cpu" and layout[0] else None
+    )
+    rows = _Rows(shape, tuple(layout), chosen, n_rows, chunk_size, block_size, dtype, product_dtype)
     return rows, tensors
+
+
+# Elements that several arrays of fit into a core's cache.
+_CPU_BLOCK = 2**18
 
 
 def _default_chunk_size(n_vocabulary: int, hidden: bool, device: str) -> int:
     # On a CPU, rows that exist are best reduced inside the cache; a product with the output
     # layer needs more rows to pay for reading the layer. A GPU needs work for all its cores.
-    n_elements = (2**23 if hidden else 2**18) if device == "cpu" else 2**25
+    n_elements = (2**23 if hidden else _CPU_BLOCK) if device == "cpu" else 2**25
     return max(1, n_elements // max(n_vocabulary, 1))
+
+
+def _reduce(
+    reduction: RowReduction,
+    rows: _Rows,
+    tensors: Sequence[Tensor | None],
+    upstream: Tensor | None,
+    gradients: "_Gradients | None",
+) -> Tensor:
+    """Values of shape (all rows, k), and with `gradients` the gradients for `upstream`."""
+    first = tensors[0]
+    assert first is not None
+    values: Tensor | None = None
+    # The dtype of the products was fixed at the door; the reductions stay in float32.
+    with torch.autocast(first.device.type, enabled=False):
+        for chunk in rows.chunks():
+            logits, *sides = rows.read(tensors, chunk)
+            parts = []
+            for block in rows.blocks(len(logits)):
+                part, pullback = reduction(logits[block], *(side[block] for side in sides))
+                parts.append(part)
+                if gradients is None or upstream is None:
+                    continue
+                gradient = pullback(upstream[chunk][block].expand_as(part))
+                if rows.layout[0]:
+                    logits[block] = gradient  # a product of our own, which is not needed again
+                else:
+                    gradients.add(chunk, gradient)
+            if gradients is not None and rows.layout[0]:
+                gradients.add(chunk, logits)
+            part = torch.cat(parts)
+            if values is None:
+                values = part.new_zeros(first.shape[0], part.shape[-1])
+            values[chunk] = part
+    assert values is not None
+    return values
 
 
 class _ReduceRows(torch.autograd.Function):
@@ -440,14 +489,7 @@ class _ReduceRows(torch.autograd.Function):
     def forward(ctx: Any, reduction: RowReduction, rows: _Rows, *tensors: Tensor | None) -> Tensor:
         ctx.reduction, ctx.rows = reduction, rows
         ctx.save_for_backward(*tensors)
-        values: Tensor | None = None
-        with _no_autocast(tensors):
-            for chunk in rows.chunks():
-                part, _ = reduction(*rows.read(tensors, chunk))
-                if values is None:
-                    values = _empty_values(rows, tensors, part)
-                values[chunk] = part
-        assert values is not None
+        values = _reduce(reduction, rows, tensors, None, None)
         return values.reshape(*rows.shape, values.shape[-1])
 
     @staticmethod
@@ -456,11 +498,7 @@ class _ReduceRows(torch.autograd.Function):
         rows, tensors = ctx.rows, ctx.saved_tensors
         upstream = upstream.reshape(-1, upstream.shape[-1])
         gradients = _Gradients(rows, tensors, ctx.needs_input_grad[2:])
-        with _no_autocast(tensors):
-            for chunk in rows.chunks():
-                logits, *sides = rows.read(tensors, chunk)
-                _, pullback = ctx.reduction(logits, *sides)
-                gradients.add(chunk, pullback(upstream[chunk]))
+        _reduce(ctx.reduction, rows, tensors, upstream, gradients)
         return None, None, *gradients.all()
 
 
@@ -475,17 +513,7 @@ class _SumRows(torch.autograd.Function):
         now = any(needed) and first.dtype != torch.float16
         gradients = _Gradients(rows, tensors, needed) if now else None
         flat_weights = weights.reshape(-1, weights.shape[-1])
-        values: Tensor | None = None
-        with _no_autocast(tensors):
-            for chunk in rows.chunks():
-                logits, *sides = rows.read(tensors, chunk)
-                part, pullback = reduction(logits, *sides)
-                if values is None:
-                    values = _empty_values(rows, tensors, part)
-                values[chunk] = part
-                if gradients is not None:
-                    gradients.add(chunk, pullback(flat_weights[chunk].expand_as(part)))
-        assert values is not None
+        values = _reduce(reduction, rows, tensors, flat_weights, gradients)
         ctx.reduction, ctx.rows, ctx.weights = reduction, rows, flat_weights
         ctx.gradients = gradients
         ctx.save_for_backward(*tensors)
@@ -503,11 +531,7 @@ class _SumRows(torch.autograd.Function):
         # The second time: what the first gave away may have changed.
         rows, tensors = ctx.rows, ctx.saved_tensors
         gradients = _Gradients(rows, tensors, ctx.needs_input_grad[3:])
-        weights = ctx.weights * upstream
-        with _no_autocast(tensors):
-            for chunk in rows.chunks():
-                part, pullback = ctx.reduction(*rows.read(tensors, chunk))
-                gradients.add(chunk, pullback(weights[chunk].expand_as(part)))
+        _reduce(ctx.reduction, rows, tensors, ctx.weights * upstream, gradients)
         return None, None, None, *gradients.all()
 
 
@@ -556,16 +580,3 @@ class _Gradients:
             None if gradient is None else gradient.to(tensor.dtype)  # type: ignore[union-attr]
             for gradient, tensor in zip(self.gradients, self.tensors, strict=True)
         ]
-
-
-def _empty_values(rows: _Rows, tensors: Sequence[Tensor | None], part: Tensor) -> Tensor:
-    first = tensors[0]
-    assert first is not None
-    return torch.zeros(first.shape[0], part.shape[-1], dtype=rows.dtype, device=first.device)
-
-
-def _no_autocast(tensors: Sequence[Tensor | None]) -> torch.autocast:
-    # The dtype of the products was fixed at the door; the reductions stay in float32.
-    first = tensors[0]
-    assert first is not None
-    return torch.autocast(first.device.type, enabled=False)
