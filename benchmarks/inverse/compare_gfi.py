@@ -165,7 +165,7 @@ def train_one(name, seed, parts, *, epochs, batch_size, learning_rate):
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        halve_every=max(1, epochs // 3),
+        halve_every=max(1, epochs // 4),
         random_state=seed,
     )
     p, v = (part.to(next(model.parameters()).device) for part in parts[2])
@@ -231,9 +231,9 @@ def main():
     parser.add_argument("--data", type=Path, help="npz file to keep the data in")
     parser.add_argument("--train", type=int, default=500, help="training maps")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--refine", type=int, default=8, help="FWI steps a band; 0 for none")
     parser.add_argument("--only", nargs="*", help="names of models; default the first dozen")
     arguments = parser.parse_args()
