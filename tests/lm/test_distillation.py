@@ -550,8 +550,7 @@ PROCESSES = """
 def test_two_processes_learn_what_one_does(tmp_path):
     script, result = tmp_path / "run.py", tmp_path / "result.pt"
     script.write_text(textwrap.dedent(PROCESSES.format(folder=os.path.dirname(__file__))))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(script), str(result)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
