@@ -149,8 +149,8 @@ class InvertibleUNet(nn.Module):
         invertible, `inverse` only undoes it approximately, and warns.
     memory_efficient : bool, default=False
         Whether to store nothing but the output for the backward pass and recompute the rest by
-        inversion. Memory then does not grow with the number of couplings; a training step
-        takes about a third more time.
+        inversion. What is stored then does not grow with the number of couplings; a training
+        step takes 2.4 to 3 times as long (128 channels, 64 x 64, on an H200).
 
     Raises
     ------
