@@ -32,7 +32,7 @@ from sciml.lm import (
 
 text = encode_bytes(english_text())
 model = byte_language_model(hidden_size=64, num_layers=2, random_state=0)
-losses = train_byte_language_model(model, text[:-20_000], 400, random_state=0)
+losses = train_byte_language_model(model, text[:-20_000], 250, length=96, random_state=0)
 documentation = text[-20_000:][: 40 * 128].view(40, 128)
 print(f"pretraining: {losses[-1]:.2f} nats a byte")
 
@@ -79,7 +79,7 @@ def watch(student: torch.nn.Module) -> tuple[float, float, float]:
     return -logps[mask].mean().item(), entropies.mean().item(), drift.mean().item()
 
 
-def fine_tune(method: str, n_steps: int = 240) -> list[tuple[float, float, float]]:
+def fine_tune(method: str, n_steps: int = 120) -> list[tuple[float, float, float]]:
     student = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     order = torch.Generator().manual_seed(1)
@@ -99,7 +99,7 @@ def fine_tune(method: str, n_steps: int = 240) -> list[tuple[float, float, float
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % 20 == 0:
+        if (step + 1) % 15 == 0:
             history.append(watch(student))
     return history
 
@@ -110,12 +110,14 @@ for name, history in histories.items():
     print(f"{name:18} {history[-1][0]:17.3f} {history[-1][1]:9.3f} {history[-1][2]:13.3f}")
 
 # %%
-# The price is in what is *not* learned: tokens that stay masked keep their loss.
+# These sums are so regular that thirty of them teach the rest: plain fine-tuning predicts new ones
+# best, and pays with entropy and drift. EKSFT keeps both for longer; tokens that stay masked keep
+# their loss. It is insurance against over-training, not a better way to learn quickly.
 fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 titles = ("NLL of new sums", "entropy on new sums", "KL to reference on documentation")
 for column, (ax, title) in enumerate(zip(axes, titles, strict=True)):
     for name, history in histories.items():
-        ax.plot(range(0, 241, 20), [row[column] for row in history], label=name)
+        ax.plot(range(0, 121, 15), [row[column] for row in history], label=name)
     ax.set(title=title, xlabel="step")
 axes[0].legend()
 fig.savefig("eksft.png")

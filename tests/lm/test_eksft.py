@@ -1,5 +1,6 @@
 """EKSFT: mask, loss and gradients against the formulas written with autograd; both variants."""
 
+import copy
 import math
 from functools import partial
 
@@ -14,9 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from sciml.lm import (
     EKSFTTrainerMixin,
     HiddenLogits,
+    byte_language_model,
     eksft_loss,
     eksft_mask,
+    encode_bytes,
+    english_text,
+    entropy,
     next_token_labels,
+    reduce_rows,
+    reverse_kl,
+    token_logps,
+    train_byte_language_model,
 )
 
 F64 = torch.float64
@@ -303,8 +312,8 @@ def test_inputs_are_not_changed_and_the_reference_gets_no_gradient():
     copies = [t.detach().clone() for t in (logits, ref_logits, labels)]
     eksft_loss(logits.requires_grad_(), labels, ref_logits=ref_logits).backward()
     assert ref_logits.grad is None
-    for tensor, copy in zip((logits, ref_logits, labels), copies, strict=True):
-        assert torch.equal(tensor, copy)
+    for tensor, original in zip((logits, ref_logits, labels), copies, strict=True):
+        assert torch.equal(tensor, original)
 
 
 def test_forbidden_tokens_are_no_nan():
@@ -446,3 +455,63 @@ def test_bad_scores():
     entropy = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"kl must have shape.*\(2, 2\).*\(2, 3\)"):
         eksft_mask(entropy, entropy[:, :2], torch.ones(2, 3, dtype=torch.long))
+
+
+@pytest.mark.slow
+def test_over_training_costs_less_entropy_and_drift():
+    """Sums in words, a byte model, equal steps, three seeds; printed: NLL, entropy, KL."""
+    text = encode_bytes(english_text())
+    base = byte_language_model(random_state=0)
+    train_byte_language_model(base, text[:-20_000], 200, length=96)
+    documentation = text[-20_000:][: 20 * 128].view(20, 128)
+    generator = torch.Generator().manual_seed(0)
+
+    def problems(n):
+        ids, prompts = [], []
+        for a, b, thing in torch.randint(2, 10, (n, 3), generator=generator).tolist():
+            thing = ("pens", "figs", "cards", "keys")[thing % 4]
+            question = f"Ada has {a} {thing} and gets {b} more. "
+            ids.append(encode_bytes(f"{question}Ada now has {a} + {b} = {a + b} {thing}."))
+            prompts.append(len(question))
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=258)
+        before = torch.arange(ids.shape[1]) < torch.tensor(prompts)[:, None]
+        return ids, ids.masked_fill((ids == 258) | before, -100)
+
+    (ids, labels), (held_ids, held_labels) = problems(30), problems(40)
+
+    @torch.no_grad()
+    def measure(model):
+        logits = model(held_ids).logits
+        logps, mask = token_logps(logits, held_labels)
+        entropies = reduce_rows(entropy, logits, mask=mask)[mask]
+        drift = reduce_rows(reverse_kl, model(documentation).logits, base(documentation).logits)
+        return [-logps[mask].mean().item(), entropies.mean().item(), drift.mean().item()]
+
+    def tuned(seed, selective):
+        model = copy.deepcopy(base).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        order = torch.Generator().manual_seed(seed)
+        for _ in range(90):
+            rows = torch.randperm(30, generator=order)[:8]
+            logits = model(ids[rows]).logits
+            if selective:
+                with torch.no_grad():
+                    ref_logits = base(ids[rows]).logits
+                loss = eksft_loss(logits, labels[rows], ref_logits=ref_logits)
+            else:
+                logps, mask = token_logps(logits, labels[rows])
+                loss = -logps[mask].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return measure(model)
+
+    print("\ninitial", measure(base))
+    means = []
+    for selective in (False, True):
+        rows = torch.tensor([tuned(seed, selective) for seed in range(3)])
+        print("EKSFT" if selective else "SFT  ", rows.mean(0).tolist(), "±", rows.std(0).tolist())
+        means.append(rows.mean(0))
+    (_, plain_entropy, plain_kl), (_, kept_entropy, kept_kl) = means
+    assert kept_entropy > 1.2 * plain_entropy
+    assert kept_kl < plain_kl
