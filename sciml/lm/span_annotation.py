@@ -199,7 +199,7 @@ def token_offsets(tokenizer: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
             start = max(0, t - context)
             before, after = decoded(start, t), decoded(start, t + 1)
             begin, total = total, total + len(after) - len(before)
-            if before.endswith("\ufffd") and after != before:  # goes on with a broken character
+            if before.endswith("\ufffd") and decoded(t, t + 1):  # goes on with a broken character
                 begin -= 1
             result.append((max(begin, 0), max(total, begin, 0)))
         return result
