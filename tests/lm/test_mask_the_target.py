@@ -1,5 +1,8 @@
+import argparse
 import copy
+import inspect
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -372,11 +375,10 @@ def test_it_forgets_less_than_cross_entropy_and_no_more_than_the_full_divergence
     text = english_text()
     base = byte_language_model(64, 2)
     train_byte_language_model(base, text[:-20_000], 500, learning_rate=5e-3)
-    numbers = torch.randint(0, 1000, (6000, 2), generator=torch.Generator().manual_seed(0))
-    sums = encode_bytes("".join(f"{a}+{b}={str(a + b)[::-1]};\n" for a, b in numbers.tolist()))
+    code = encode_bytes(inspect.getsource(typing) + inspect.getsource(argparse))
 
     def losses(model):
-        return [math.log(perplexity(model, t)) for t in (sums[-8000:], text[-20_000:])]
+        return [math.log(perplexity(model, t)) for t in (code[-20_000:], text[-20_000:])]
 
     start = losses(base)
     runs = [
@@ -385,7 +387,7 @@ def test_it_forgets_less_than_cross_entropy_and_no_more_than_the_full_divergence
     ]
     mean = {
         run: torch.tensor(
-            [losses(finetuned(base, sums[:-8000], *run, seed)) for seed in range(3)]
+            [losses(finetuned(base, code[:-20_000], *run, seed)) for seed in range(3)]
         ).mean(0)
         for run in runs
     }
@@ -395,7 +397,7 @@ def test_it_forgets_less_than_cross_entropy_and_no_more_than_the_full_divergence
     rise = mean["none", 0.0][1] - start[1]
     assert 1 - (mean["masked", 0.3][1] - start[1]) / rise > 0.3
     assert 1 - (mean["masked", 1.0][1] - start[1]) / rise > 0.6
-    assert mean["masked", 1.0][0] < 0.5 * start[0]  # it learns all the same
+    assert mean["masked", 1.0][0] < start[0] - 0.5 * (start[0] - mean["none", 0.0][0])
     # On the full divergence's frontier: retention at the same new-task loss, interpolated.
     full = sorted((mean[run] for run in runs if run[0] == "full"), key=lambda point: point[0])
     full = torch.stack([mean["none", 0.0], *full]).double().numpy()
