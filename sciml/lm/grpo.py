@@ -216,6 +216,10 @@ def grpo_loss(
             f"mask must be a bool tensor of shape {tuple(logps.shape)}, got {mask.dtype} of shape "
             f"{tuple(mask.shape)}"
         )
+    if old_logps is not None and old_logps.shape != logps.shape:
+        raise ValueError(
+            f"old_logps must have shape {tuple(logps.shape)}, got {tuple(old_logps.shape)}"
+        )
     # Where the mask is off anything may stand, NaN too.
     logps = torch.where(mask, logps, 0)
     old_logps = logps.detach() if old_logps is None else torch.where(mask, old_logps, 0)

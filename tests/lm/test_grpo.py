@@ -164,7 +164,7 @@ def test_outside_the_mask_anything_may_stand_and_an_empty_mask_gives_zero():
         ({"loss_type": "bnpo", "num_items_in_batch": 4}, ValueError, "num_items_in_batch"),
         ({"mask": MASK.long()}, ValueError, "mask"),
         ({"mask": MASK[:, :4]}, ValueError, "mask"),
-        ({"old_logps": torch.zeros(4, 4)}, (ValueError, RuntimeError), "."),
+        ({"old_logps": torch.zeros(4, 4)}, ValueError, "old_logps"),
         ({"advantages": torch.zeros(3)}, ValueError, "advantages"),
         ({"advantages": torch.full((4,), torch.nan)}, ValueError, "advantages"),
         ({"weights": torch.ones(4)}, ValueError, "weights"),
