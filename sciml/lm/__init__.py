@@ -20,12 +20,8 @@ from .calibration import (
 from .chipo import chi2_optimal_policy, chipo_inverse_link, chipo_link, chipo_loss
 from .cross_tokenizer import (
     CrossTokenizerDistillationLoss,
-    combine_teachers,
     hybrid_kl_loss,
-    hybrid_uld_loss,
     projected_kl_loss,
-    teacher_scores,
-    uld_loss,
 )
 from .distillation import Distiller, PromptWeighting
 from .distribution_matcher import (
@@ -118,6 +114,7 @@ from .span_annotation import (
     split_sentences,
     token_offsets,
 )
+from .teacher_combination import combine_teachers, teacher_scores
 from .token_bytes import token_bytes
 from .token_projection import TokenProjection, build_token_projection, coverage_report
 from .token_reduction import (
@@ -135,6 +132,7 @@ from .trainer_losses import (
     as_compute_loss_func,
     hidden_logits,
 )
+from .uld import hybrid_uld_loss, uld_loss
 from .vocabulary_rows import (
     HiddenLogits,
     combine,

@@ -1,11 +1,14 @@
 import itertools
+import runpy
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 from trl.experimental.gold.gold_config import GOLDConfig
 from trl.experimental.gold.gold_trainer import ULDLoss
@@ -318,6 +321,29 @@ def test_gold_suppresses_the_split_numeral_that_p_kl_learns():
     assert alone[2] < 0.05
 
 
+def test_the_mean_over_a_chunk_forgets_the_order_of_its_rows():
+    """P-KL cannot tell "12" from "21"."""
+    teacher, chunks, projection = one_span()
+    student = draw(1, 1, 5)
+    torch.testing.assert_close(
+        projected_kl_loss(student, teacher, *chunks, projection, shift=False),
+        projected_kl_loss(student, teacher.flip(1), *chunks, projection, shift=False),
+    )
+
+
+@pytest.mark.slow
+def test_numerals_keep_their_probability_under_p_kl_only(tmp_path, monkeypatch):
+    """The example: two tokenizers, of which the teacher's splits digits."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    example = Path(__file__).parents[2] / "examples/lm/plot_cross_tokenizer.py"
+    monkeypatch.chdir(tmp_path)
+    results = runpy.run_path(str(example))["results"]
+    for p_kl, gold in zip(results["P-KL"], results["GOLD"], strict=True):
+        assert p_kl[0] > 0.5
+        assert p_kl[0] > 2 * gold[0]
+        assert p_kl[1] > 2 * gold[1]
+
+
 # TRL.
 
 
@@ -568,6 +594,40 @@ def test_padding_of_either_vocabulary():
         padded = torch.cat([student, torch.full((3, 6, 2), -torch.inf)], -1)
         got = loss(padded, teacher, STUDENT_CHUNKS, TEACHER_CHUNKS, projection)
         torch.testing.assert_close(got, want)
+
+
+class Largest(TorchDispatchMode):
+    """Number of entries of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["p-kl", "h-kl", "gold", "uld"])
+def test_no_array_over_batch_time_and_vocabulary_exists(name):
+    n_student, n_teacher, length = 600, 800, 200
+    chunks = torch.arange(length)[None] // 2
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(n_teacher, (n_student, 1), generator=generator)
+    projection = TokenProjection(indices, torch.ones(n_student, 1), n_teacher)
+    ids = torch.zeros(1, length, dtype=torch.long)
+    hidden = draw(1, length, 8).requires_grad_()
+    weight = draw(n_student, 8, seed=1).requires_grad_()
+    teacher = HiddenLogits(draw(1, length, 8, seed=2), draw(n_teacher, 8, seed=3))
+    objective = CrossTokenizerDistillationLoss(name, projection, vocab_topk=50, chunk_size=10)
+    with Largest() as largest:
+        objective(
+            HiddenLogits(hidden, weight), teacher, chunks, chunks, labels=ids, teacher_labels=ids
+        ).backward()
+    assert largest.size < 25 * n_teacher  # where all rows would take 200
 
 
 def test_half_precision_and_inputs_stay():
