@@ -11,7 +11,7 @@ layers.
 """
 
 # %%
-# A network that has seen 120 maps with their recordings, and four that it has not.
+# A network that has seen 200 maps with their recordings, and four that it has not.
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -30,15 +30,24 @@ from sciml.inverse.seismic import (
     refine,
 )
 
-survey = Survey.line(32, n_shots=3, dx=20.0, dt=2e-3, nt=400, peak_frequency=8.0)
-data = make_openfwi_like("curve_vel_a", 124, survey=survey, shape=(32, 32), random_state=0)
-train, test = data.isel(sample=slice(0, 120)), data.isel(sample=slice(120, None))
+survey = Survey(
+    source_x=(0.0, 320.0, 620.0),
+    receiver_x=range(20, 640, 40),
+    source_depth=20.0,
+    receiver_depth=20.0,
+    dx=20.0,
+    dt=2.4e-3,
+    nt=256,
+    peak_frequency=8.0,
+)
+data = make_openfwi_like("curve_vel_a", 204, survey=survey, shape=(32, 32), random_state=0)
+train, test = data.isel(sample=slice(0, 200)), data.isel(sample=slice(200, None))
 regressor = GFIRegressor(
-    partial(inversion_net, width=4),
-    epochs=15,
+    partial(inversion_net, width=3),
+    epochs=16,
     batch_size=15,
-    learning_rate=2e-3,
-    halve_every=6,
+    learning_rate=5e-3,
+    halve_every=4,
     seismic_transform="signed_log",
 )
 network = regressor.fit(train["seismic"], train["velocity"]).predict(test["seismic"])
@@ -76,7 +85,9 @@ starts = {
 refined = {}
 for name, start in starts.items():
     refined[name] = refine(start, seismic, physics, 8).velocity
-    refined[f"{name} with prior"] = refine(start, seismic, physics, 8, prior=prior).velocity
+    refined[f"{name} with prior"] = refine(
+        start, seismic, physics, 8, prior=prior, prior_weight=0.05
+    ).velocity
     errors = (
         float((velocity - true).abs().mean())
         for velocity in (start, refined[name], refined[f"{name} with prior"])
