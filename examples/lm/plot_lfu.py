@@ -130,9 +130,8 @@ def fine_tune(method: str, n_steps: int = 120, every: int = 20) -> list[tuple[fl
 
 
 # %%
-# The strength of the step matters: ``alpha`` ten times as large, and the other tasks are gone, here
-# faster than by plain fine-tuning; ten times as small, and LfU is plain fine-tuning. With a rate of
-# 1e-3 instead of 5e-4 every method forgets.
+# At this strength all three end alike. A step ten times as long teaches the sums a little better and
+# loses more of the other tasks; ten times as short, LfU is plain fine-tuning.
 histories = {method: fine_tune(method) for method in ("SFT", "NEFTune", "LfU")}
 print(f"before fine-tuning: unseen sums {histories['SFT'][0][0]:.2f}, other tasks", end=" ")
 print(f"{histories['SFT'][0][1]:.2f}")
