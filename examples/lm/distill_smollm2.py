@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens a window")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--objective", default="forward_kl", nargs="+")
+    parser.add_argument("--objective", default=["forward_kl", "cross_entropy"], nargs="+")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--text", help="text file; the last tenth is held out")
     parser.add_argument("--model-dir", help="folder of a causal language model and its tokenizer")
@@ -66,7 +66,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
-    objectives = [args.objective] if isinstance(args.objective, str) else args.objective
     torch.manual_seed(args.seed)
 
     if args.model_dir:
@@ -104,14 +103,14 @@ def main():
         warm = min(1.0, (step + 1) / max(1, args.steps // 20))
         return warm * (1 - 0.9 * step / args.steps)
 
-    for name in (*objectives, "cross entropy"):
+    for name in args.objective:
         student.load_state_dict(start)
-        kind = CrossEntropy if name == "cross entropy" else Distiller
+        kind = CrossEntropy if name == "cross_entropy" else Distiller
         distiller = kind(
             student,
             teacher,
             prefix="teacher",  # which here is the text
-            objective="forward_kl" if name == "cross entropy" else name,
+            objective="forward_kl" if kind is CrossEntropy else name,
             max_new_tokens=args.length,
             learning_rate=args.learning_rate,
             lr_schedule=schedule,
