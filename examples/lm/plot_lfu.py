@@ -130,8 +130,8 @@ def fine_tune(method: str, n_steps: int = 120, every: int = 20) -> list[tuple[fl
 
 
 # %%
-# At this strength all three end alike. A step ten times as long teaches the sums a little better and
-# loses more of the other tasks; ten times as short, LfU is plain fine-tuning.
+# At this strength all three end alike. A step ten times as long teaches the sums a little better
+# and loses more of the other tasks; ten times as short, LfU is plain fine-tuning.
 histories = {method: fine_tune(method) for method in ("SFT", "NEFTune", "LfU")}
 print(f"before fine-tuning: unseen sums {histories['SFT'][0][0]:.2f}, other tasks", end=" ")
 print(f"{histories['SFT'][0][1]:.2f}")
