@@ -17,7 +17,7 @@ import time
 
 import torch
 
-N_STUDENT, N_TEACHER, WIDTH, BATCH, LENGTH, REPEATS = 32_000, 50_000, 256, 2, 128, 3
+N_STUDENT, N_TEACHER, WIDTH, BATCH, LENGTH, REPEATS = 32_000, 50_000, 256, 1, 96, 2
 CASES = ("TRL uld", "uld", "uld hidden", "TRL gold", "hybrid_uld", "hybrid_uld hidden",
          "gold hidden", "p-kl", "p-kl hidden")  # fmt: skip
 

@@ -79,8 +79,9 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
             result[index] = bytes(_ALPHABET[character] for character in token)
         elif byte_level:  # added to the vocabulary as plain text
             result[index] = token.encode()
-        else:
-            result[index] = token_text_bytes(token)
+        else:  # here "Ġ" is a letter of Maltese
+            byte = _BYTE_TOKEN.fullmatch(token)
+            result[index] = bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
     return result
 
 

@@ -209,6 +209,14 @@ def test_bytes_of_a_byte_level_vocabulary_spell_the_text():
     assert spelled[tokenizer.eos_token_id] == b""
 
 
+def test_bytes_of_a_sentencepiece_vocabulary():
+    class Pieces:
+        def get_vocab(self):
+            return {"<s>": 0, "▁a": 1, "<0x0A>": 2, "Ġ": 3, "é": 4}
+
+    assert token_bytes(Pieces()) == [b"", b" a", b"\n", "Ġ".encode(), "é".encode()]
+
+
 def test_texts_through_two_tokenizers():
     student, teacher = bpe(digits=False, vocab_size=340), bpe(digits=True)
     batch = align_texts(TEXTS, student, teacher)
