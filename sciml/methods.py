@@ -180,7 +180,7 @@ METHODS: tuple[Method, ...] = (
         "fine-tune without forcing the tokens that are uncertain or drift",
         "sciml.lm.eksft:eksft_loss",
         "arXiv:2605.29303",
-        "beta",
+        "partial",
     ),
     Method(
         "Mask the Target",
@@ -236,7 +236,7 @@ METHODS: tuple[Method, ...] = (
         "distil a language model on its own or the teacher's text, by forward or reverse KL",
         "sciml.lm.distillation:Distiller",
         "arXiv:2605.16826",
-        "stable",
+        "beta",
     ),
     Method(
         "Entropy-gated length curriculum",
