@@ -17,9 +17,12 @@ import time
 
 import torch
 
-N_STUDENT, N_TEACHER, WIDTH, BATCH, LENGTH, REPEATS = 32_000, 50_000, 256, 1, 96, 2
+N_STUDENT, N_TEACHER, WIDTH, BATCH, LENGTH, REPEATS = 32_000, 50_000, 256, 1, 64, 2
 CASES = ("TRL uld", "uld", "uld hidden", "TRL gold", "hybrid_uld", "hybrid_uld hidden",
          "gold hidden", "p-kl", "p-kl hidden")  # fmt: skip
+
+
+ALIVE = []  # what is freed before the measured part would hide its growth
 
 
 def inputs(hidden):
@@ -30,6 +33,7 @@ def inputs(hidden):
     for n in (N_STUDENT, N_TEACHER):
         states = torch.randn(BATCH, LENGTH, WIDTH, generator=generator)
         weight = torch.randn(n, WIDTH, generator=generator) / WIDTH**0.5
+        ALIVE.append(weight)
         sides.append(HiddenLogits(states, weight) if hidden else states @ weight.T)
     return sides
 
