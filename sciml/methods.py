@@ -252,6 +252,34 @@ METHODS: tuple[Method, ...] = (
         "arXiv:2603.11178",
         "partial",
     ),
+    Method(
+        "TRACE",
+        "reinforce and distil from a hinted self, by KL on a few marked spans alone",
+        "sciml.lm.trace_trainer:TraceTrainer",
+        "arXiv:2605.10194",
+        "partial",
+    ),
+    Method(
+        "X-Token P-KL",
+        "distil a teacher that has another tokenizer, by projecting vocabularies",
+        "sciml.lm.cross_tokenizer:projected_kl_loss",
+        "arXiv:2605.21699",
+        "stable",
+    ),
+    Method(
+        "X-Token H-KL and GOLD",
+        "distil a teacher that has another tokenizer, by the tokens both share",
+        "sciml.lm.cross_tokenizer:hybrid_kl_loss",
+        "arXiv:2605.21699",
+        "beta",
+    ),
+    Method(
+        "ULD",
+        "distil a teacher that has another tokenizer, by sorted probabilities",
+        "sciml.lm.uld:uld_loss",
+        "arXiv:2402.12030",
+        "beta",
+    ),
 )
 
 
