@@ -196,9 +196,9 @@ class Trainer:
 
 def scaling_runs():
     """Three sizes on four corpora, from few epochs to past the best."""
-    for width, unique in itertools.product((16, 32, 64), (10_000, 20_000, 40_000, 80_000)):
-        for epochs in (2, 8, 16, 32):
-            if unique * epochs <= 1_300_000:
+    for width, unique in itertools.product((16, 32, 64), (5_000, 10_000, 20_000, 40_000)):
+        for epochs in (4, 8, 16, 32):
+            if unique * epochs <= 640_000:
                 yield {
                     "width": width,
                     "unique": unique,
