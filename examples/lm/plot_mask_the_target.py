@@ -105,9 +105,8 @@ for name, results in (("target-masked KL", masked), ("full KL", full)):
         print(f"{name:16s} {weight:3} {new:6.3f} {old:8.3f} {avoided:10.0f} %")
 
 # %%
-# Lower left is better. Both divergences buy retention with learning, along nearly the same curve;
-# the weight decides where. What sets the masked one apart is that its gradient on the target is
-# exactly zero.
+# Lower left is better. Both divergences buy retention with learning, and the weight decides how
+# much; the masked one, whose gradient on the target is exactly zero, pays a little less for it.
 figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
 for name, results, marker in (("target-masked KL", masked, "o"), ("full KL", full, "s")):
     curve = [cross_entropy, *results]
