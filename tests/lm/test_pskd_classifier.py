@@ -21,11 +21,20 @@ X, Y = load_digits(return_X_y=True)
 X = X / 16
 
 
-def batch_normalised(n_features, n_classes):
-    return nn.Sequential(
-        nn.Linear(n_features, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2),
-        nn.Linear(32, n_classes),
-    )  # fmt: skip
+class BatchNormalised:
+    """A module factory whose repr is the same in every worker, as names of tests must be."""
+
+    def __call__(self, n_features, n_classes):
+        return nn.Sequential(
+            nn.Linear(n_features, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2),
+            nn.Linear(32, n_classes),
+        )  # fmt: skip
+
+    def __repr__(self):
+        return "batch_normalised"
+
+
+batch_normalised = BatchNormalised()
 
 
 @parametrize_with_checks(
