@@ -87,8 +87,10 @@ def pointwise_clipped_kl(
     ``sum_v min(q_v (log q_v - log p_v), clip)`` for the teacher's q and the student's p (forward;
     reverse with p and q exchanged). A clipped term has no gradient, so that no single token of
     the vocabulary dominates. Terms below 0 stay, hence the sum may be negative: it is no
-    divergence any more. (The source does not say whether the clip has a lower side; here it has
-    none.)
+    divergence any more. Nor does it always draw the student to the teacher: where the teacher is
+    nearly sure of a token its term is clipped, and what is left pushes to the other tokens.
+    Teachers with several plausible tokens suffer less; ``clip=math.inf`` not at all. (The source
+    does not say whether the clip has a lower side; here it has none.)
 
     Rows outside the mask are dropped before any softmax, of student and teacher: with
     `HiddenLogits` their logits are never computed.
@@ -162,6 +164,7 @@ class TraceLoss(nn.Module):
         Divergence on error spans. The paper's two variants are ``("forward", None)`` for a strong
         base model (TRACE-FKL) and ``(None, "reverse")`` for a weak one (TRACE-RKL).
     kl_clip : float, default=0.05
+        The paper's; see `pointwise_clipped_kl` for what it does to sure teachers.
     epsilon, epsilon_high : float, default=0.2 and 0.28
         Clip of the policy's ratio.
     temperature : float, default=1.0

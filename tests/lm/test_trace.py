@@ -131,6 +131,17 @@ def test_a_sure_teacher_is_clipped_away():
             pointwise_clipped_kl(student, teacher, direction=direction, clip=math.inf)
 
 
+def test_a_clipped_pull_leaves_the_push_to_the_other_tokens():
+    student = torch.tensor([[0.7, 0.3]], dtype=torch.float64).log().requires_grad_()
+    teacher = torch.tensor([[0.97, 0.03]], dtype=torch.float64).log()
+    push = {}
+    for clip in (0.05, math.inf):
+        loss = pointwise_clipped_kl(student, teacher, clip=clip)
+        push[clip] = -torch.autograd.grad(loss, student)[0][0, 0].item()
+    assert push[math.inf] == pytest.approx(0.97 - 0.7)
+    assert push[0.05] == pytest.approx(-0.7 * 0.03)  # away from the teacher's token
+
+
 def test_forward_pulls_at_tokens_that_are_never_drawn_and_reverse_does_not():
     # p = 1e-6 where the teacher has q = 0.5.
     student = torch.tensor([[1e-6, 1 - 1e-6]], dtype=torch.float64).log().requires_grad_()
