@@ -478,7 +478,7 @@ def _diagonal(name: str, params: tuple[Any, ...], q: Array) -> Array:
     if name == "arc_cosine":
         (order,) = params
         # A zero vector has no direction: its angle to anything, itself included, is pi / 2.
-        return q * 1 if order == 1 else 0.5 + 0.5 * (q > 0) * (q * 0 + 1)
+        return q * 1 if order == 1 else 0.5 + 0.5 * (q * 0 + (q > 0))
     if name == "network":
         scale, w2, b2, depth, tangent = params
         s = scale * q + b2
