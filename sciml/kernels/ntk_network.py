@@ -248,7 +248,8 @@ class NTKNetwork(nn.Module):
         return inputs
 
     def _output(self, h: Tensor) -> Tensor:
-        return self.signs @ self._linear(h, self.depth).squeeze(-1)
+        # Products, then their sum: a fused multiply-add would leave a rounding error of the zero.
+        return (self.signs[:, None] * self._linear(h, self.depth).squeeze(-1)).sum(0)
 
     def _tangents(self, X: Tensor, first: int) -> dict[int, tuple[Tensor, Tensor]]:
         """Return for each layer from `first` on its inputs and df / d(its outputs)."""
