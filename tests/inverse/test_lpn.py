@@ -325,6 +325,24 @@ def test_any_size_and_channels():
         assert net(torch.rand(shape)).shape == shape
 
 
+@pytest.mark.parametrize("size", [(8, 8), (9, 14), (7, 13), (28, 28)])
+@pytest.mark.parametrize("channels", [1, 3, 9])
+@pytest.mark.parametrize("n_downsamples", [0, 1, 2, 3])
+def test_chain_rule_of_evaluation_equals_automatic_differentiation(size, channels, n_downsamples):
+    generator = torch.Generator().manual_seed(0)
+    net = LearnedProximalNetwork(
+        channels, size, 5, n_downsamples, beta=10.0, strong_convexity=0.1, generator=generator
+    ).double()
+    with torch.no_grad():
+        for weight in net.constrained_weights().values():
+            weight.uniform_(0, 0.2, generator=generator)
+    x = 3 * draw((channels, *size), 2)
+    automatic = net.train()(x).detach()
+    torch.testing.assert_close(net.eval()(x), automatic, rtol=1e-7, atol=1e-8)
+    assert torch.equal(x, 3 * draw((channels, *size), 2))
+    assert (automatic - 0.2 * x).abs().max() > 0.1
+
+
 def test_dense_network_takes_images():
     net = FullyConnectedLPN(6).eval()
     x = torch.rand(4, 1, 2, 3)
