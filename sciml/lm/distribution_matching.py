@@ -442,7 +442,7 @@ def estimate_tv(
 ) -> Tensor:
     """Importance-sampling estimate of the total variation distance of target and policy.
 
-    Half the mean of |pi / q - P / (Z q)| over samples from q.
+    Half the mean of ``|pi / q - P / (Z q)|`` over samples from q.
 
     Parameters
     ----------

@@ -88,7 +88,7 @@ def reduce_rows(
     logits : Tensor of shape (..., vocabulary_size) or HiddenLogits
         Any floating dtype; the arithmetic is float32, or float64 for float64 logits. The matrix
         product of `HiddenLogits` runs in the dtype of autocast where that is on.
-    *sides : Tensor of shape (..., *any) or HiddenLogits
+    *sides : Tensor of shape (..., any) or HiddenLogits
         What else the reduction needs per row: labels, reference logits. No gradient flows into
         them.
     mask : BoolTensor of shape (...), optional
