@@ -43,11 +43,11 @@ squared = train(copy.deepcopy(start), ("l2", 800, 1e-3), ("l2", 300, 1e-4))
 absolute = train(copy.deepcopy(start), ("l1", 800, 1e-3), ("l1", 300, 1e-4))
 matched = train(
     copy.deepcopy(absolute),
-    (0.5, 600, 1e-3),
-    (0.4, 400, 1e-3),
-    (0.3, 400, 5e-4),
-    (0.2, 400, 2e-4),
-    (0.2, 200, 5e-5),
+    (0.5, 800, 1e-3),
+    (0.5, 300, 1e-4),
+    (0.4, 800, 1e-4),
+    (0.3, 1200, 1e-4),
+    (0.3, 300, 2e-5),
 )
 
 # %%

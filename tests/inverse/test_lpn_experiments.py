@@ -30,18 +30,21 @@ def test_proximal_matching_finds_the_soft_threshold():
         train_lpn(net, laplace, sigma=1.0, schedule=schedule, batch_size=1000, random_state=0)
         return net
 
-    start = FullyConnectedLPN(generator=torch.Generator().manual_seed(0))
-    squared = train(copy.deepcopy(start), ("l2", 1000, 1e-3), ("l2", 500, 1e-4))
-    absolute = train(copy.deepcopy(start), ("l1", 1000, 1e-3), ("l1", 500, 1e-4))
+    generator = torch.Generator().manual_seed(0)
+    start = FullyConnectedLPN(strong_convexity=0.005, generator=generator)
+    squared = train(copy.deepcopy(start), ("l2", 800, 1e-3), ("l2", 300, 1e-4))
+    absolute = train(copy.deepcopy(start), ("l1", 800, 1e-3), ("l1", 300, 1e-4))
+    # The exact minimiser at gamma = 0.3 is still 0.052 off the soft threshold on the mean.
     matched = train(
-        copy.deepcopy(absolute), (0.5, 600, 1e-3), (0.4, 400, 1e-3), (0.3, 400, 5e-4),
-        (0.2, 400, 2e-4), (0.2, 200, 5e-5),
+        copy.deepcopy(absolute), (0.5, 800, 1e-3), (0.5, 300, 1e-4), (0.4, 800, 1e-4),
+        (0.3, 1200, 1e-4), (0.3, 300, 2e-5),
     )  # fmt: skip
     y = torch.linspace(-3, 3, 601)[:, None]
     error = {
         name: float((net(y) - softshrink(y, 1.0)).abs().mean())
         for name, net in (("l2", squared), ("l1", absolute), ("matching", matched))
     }
+    print(error)
     assert error["matching"] <= 0.5 * error["l1"]
     assert error["matching"] <= 0.4 * error["l2"]
     # Squared error finds the posterior mean instead, known in closed form: f(2) = 1.161.
