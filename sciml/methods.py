@@ -280,6 +280,13 @@ METHODS: tuple[Method, ...] = (
         "arXiv:2402.12030",
         "beta",
     ),
+    Method(
+        "GRPO",
+        "reinforce responses by how much better than their group they were rewarded",
+        "sciml.lm.grpo:grpo_loss",
+        "arXiv:2402.03300",
+        "beta",
+    ),
 )
 
 
