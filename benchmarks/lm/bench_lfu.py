@@ -10,7 +10,6 @@ growth of the peak resident size of a process that takes one step, over the mode
 
 import argparse
 import copy
-import resource
 import statistics
 import subprocess
 import sys
@@ -122,7 +121,9 @@ def setting(adapters):
 
 
 def peak_megabytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Linux only; not getrusage, whose maximum a child process inherits from its parent.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 
 def main():
