@@ -38,7 +38,7 @@ class Inversion(NamedTuple):
     y : Tensor of the shape of x
         The points.
     residual : Tensor of shape (batch,)
-        ||f(y) - x|| / ||x||, absolute where x = 0.
+        ||f(y) - x|| / ||x||, absolute where x is zero up to rounding.
     converged : Tensor of shape (batch,), bool
         Whether the residual came below the tolerance.
     n_iter : int
@@ -308,7 +308,8 @@ def _solve(
 
     y = start.detach().flatten(1).clone()
     scale = target.norm(dim=1)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    rounding = torch.finfo(x.dtype).eps * target.shape[1] ** 0.5
+    scale = torch.where(scale > rounding, scale, torch.ones_like(scale))
     rows = torch.arange(len(y), device=y.device)
     residual = torch.zeros_like(scale)
     g = gradient(y, rows)

@@ -237,6 +237,8 @@ def test_zero_image_and_start():
     assert float(net(result.y).norm()) < 1e-8
     again = invert(net, zero, tol=1e-8, init=result.y)
     assert again.n_iter == 0
+    nearly = invert(net.float(), zero.float() + 2e-8, tol=1e-5)  # zero, but for rounding
+    assert nearly.converged.all()
 
 
 def test_float32_reaches_a_float32_tolerance():
