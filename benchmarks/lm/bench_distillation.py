@@ -10,7 +10,6 @@ included. Where TRL is not installed the peer is the definition in plain torch.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -94,9 +93,9 @@ def case(who, what, beta, rows, device, dtype, repeats, vocabulary=50_000):
         value = loss(rows)
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        before = current_bytes()
+        before = resident_bytes("VmRSS")
         value = loss(rows)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = resident_bytes("VmHWM") - before
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -107,9 +106,13 @@ def case(who, what, beta, rows, device, dtype, repeats, vocabulary=50_000):
     return {"seconds": min(seconds), "bytes": peak, "value": value}
 
 
-def current_bytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident_bytes(kind):
+    """Memory of this process now ("VmRSS") or at its peak ("VmHWM"); Linux only.
+
+    Not getrusage, whose maximum a child process inherits from its parent.
+    """
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(kind))
 
 
 def main():
