@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .answer_checkers import exact_match, numeric_match
 from .byte_language_model import (
     byte_language_model,
     decode_bytes,
@@ -71,10 +72,8 @@ from .paced import (
     PassRateWeighting,
     TwoStageKL,
     beta_kernel_weights,
-    exact_match,
     gradient_snr,
     hard_filter_weights,
-    numeric_match,
     paced_loss,
     plot_gradient_snr,
     weighting_efficiency,

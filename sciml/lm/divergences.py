@@ -211,7 +211,7 @@ def mixed_kl(
     0.3966
     """
     check_interval("reverse_weight", reverse_weight, 0, 1)
-    return _divergence(
+    return reduce_divergence(
         partial(_mixed_kl_events, reverse_weight=float(reverse_weight)),
         student_logits,
         teacher_logits,
@@ -283,7 +283,7 @@ def generalized_jsd(
         reduction = "mean"
         if mask is None and num_items_in_batch is None:
             num_items_in_batch = max(_leading_shape(student_logits)[0], 1)
-    return _divergence(
+    return reduce_divergence(
         events,
         student_logits,
         teacher_logits,
@@ -339,7 +339,7 @@ def adaptive_kl(
     0.4394
     """
     check_interval("head_mass", head_mass, 0, 1)
-    return _divergence(
+    return reduce_divergence(
         partial(_adaptive_kl_events, head_mass=float(head_mass)),
         student_logits,
         teacher_logits,
@@ -538,7 +538,7 @@ def top_k_log_probs(
     )
 
 
-def _divergence(
+def reduce_divergence(
     events: EventDivergence,
     student: Logits,
     teacher: Teacher,

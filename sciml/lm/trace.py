@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from sciml._check import check_choice, check_integer, check_interval
 
-from .divergences import Teacher, _divergence
+from .divergences import Teacher, reduce_divergence
 from .grpo import grpo_loss
 from .token_reduction import Reduction, supervised_labels, token_logps
 from .vocabulary_rows import Logits, label_logp, sum_rows, tempered
@@ -137,7 +137,7 @@ def pointwise_clipped_kl(
     """
     check_choice("direction", direction, ("forward", "reverse"))
     check_interval("clip", clip, 0, closed="right")
-    return _divergence(
+    return reduce_divergence(
         partial(_clipped_kl_events, reverse=direction == "reverse", clip=float(clip)),
         student_logits,
         teacher_logits,
