@@ -9,8 +9,9 @@ loss on held-out items and the perplexity on Python's documentation before and a
 learned and what it cost. With `--output` the run leaves checkpoints, continues from the last one
 when it is started again, and saves the adapter.
 
-The objectives: sft (cross-entropy), tmkl (target-masked KL), eksft (entropy-KL token masking),
-lfu (consistency under an undesirable step), mir (masked inputs). The model comes from
+The objectives: sft (cross-entropy), tmkl (target-masked KL), full_kl (its rival, KL to the base
+model over all tokens), eksft (entropy-KL token masking), lfu (consistency under an undesirable
+step), mir (masked inputs). The model comes from
 `sciml.lm.load_smollm2`, or from a local folder by `--model-dir`.
 """
 
@@ -31,20 +32,31 @@ from sciml.lm import (
     LfURegularizer,
     LfUTrainerMixin,
     MIRTrainerMixin,
+    ReferenceLossMixin,
     TargetMaskedKLTrainerMixin,
+    combine,
     eksft_loss,
     english_text,
+    forward_kl,
+    label_logp,
     load_smollm2,
     perplexity,
+    sum_rows,
+    supervised_labels,
     token_logps,
+    token_weights,
 )
 
-OBJECTIVES = ("sft", "tmkl", "eksft", "lfu", "mir")
+OBJECTIVES = ("sft", "tmkl", "full_kl", "eksft", "lfu", "mir")
 # A token of SmolLM2 that occurs in no text: it hides inputs from the masked-input objective.
 MASK_TOKEN = "<empty_output>"
 
 
 class TargetMaskedKLTrainer(TargetMaskedKLTrainerMixin, Trainer):
+    pass
+
+
+class ReferenceLossTrainer(ReferenceLossMixin, Trainer):
     pass
 
 
@@ -60,11 +72,24 @@ class MIRTrainer(MIRTrainerMixin, Trainer):
     pass
 
 
+def full_kl(logits, labels, *, ref_logits, num_items_in_batch=None, weight=1.0):
+    """Cross-entropy plus `weight` times KL(base || model), by the library's reductions."""
+    labels, mask = supervised_labels(logits, labels)
+    weights = token_weights(mask, num_items_in_batch=num_items_in_batch)
+    weights = torch.stack([-weights, weight * weights], dim=-1)
+    columns = combine((label_logp, [1]), (forward_kl, [0]))
+    loss, _ = sum_rows(columns, logits, ref_logits, labels, weights=weights, mask=mask)
+    return loss
+
+
 def trainer_of(objective, weight, tokenizer):
     """The trainer's class with the objective's options; `weight` None leaves the default."""
     if objective == "tmkl":
         options = {} if weight is None else {"weight": weight}
         return partial(TargetMaskedKLTrainer, from_hidden_states=True, **options)
+    if objective == "full_kl":
+        loss = partial(full_kl, weight=1.0 if weight is None else weight)
+        return partial(ReferenceLossTrainer, objective=loss, from_hidden_states=True)
     if objective == "eksft":
         options = {} if weight is None else {"lambda_kl": weight}
         loss = partial(eksft_loss, return_parts=True, **options)
