@@ -101,22 +101,23 @@ def target(model, beta=1.0, prompt=(BOS,), rewards=REWARDS):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "criterion", "interval", "baseline"),
+    ("divergence", "criterion", "interval", "baseline", "rate", "n_steps"),
     [
-        ("kl", "kl", 8, "z"),
-        pytest.param("reverse_kl", "always", 1, "z", marks=pytest.mark.slow),
-        pytest.param("kl", "tv", 8, None, marks=pytest.mark.slow),
-        pytest.param("js", "kl", 4, "mean", marks=pytest.mark.slow),
-        pytest.param("tv", "kl", 4, "z", marks=pytest.mark.slow),
+        ("kl", "kl", 8, "z", 1e-2, 60),
+        pytest.param("reverse_kl", "always", 1, "z", 1e-2, 60, marks=pytest.mark.slow),
+        # With a proposal that lags, or without a baseline, a rate of 1e-2 overshoots.
+        pytest.param("kl", "tv", 8, None, 3e-3, 200, marks=pytest.mark.slow),
+        pytest.param("js", "kl", 4, "mean", 3e-3, 200, marks=pytest.mark.slow),
+        pytest.param("tv", "kl", 4, "z", 3e-3, 200, marks=pytest.mark.slow),
     ],
 )
-def test_reaches_the_target(divergence, criterion, interval, baseline):
+def test_reaches_the_target(divergence, criterion, interval, baseline, rate, n_steps):
     prior = tiny()
     policy, p = copy.deepcopy(prior), target(prior, beta=0.7)
     matcher = DistributionMatcher(
         policy, scorer, ref_model=prior, beta=0.7, divergence=divergence, criterion=criterion,
         q_update_interval=interval, baseline=baseline,
-    ).fit(n_steps=60, random_state=0, **OPTIONS)  # fmt: skip
+    ).fit(n_steps=n_steps, random_state=0, **OPTIONS | {"learning_rate": rate})  # fmt: skip
     start, end = kl(p, all_logps(prior)), kl(p, all_logps(policy))
     assert start > 0.5
     assert end < 0.2 * start
@@ -124,10 +125,11 @@ def test_reaches_the_target(divergence, criterion, interval, baseline):
     log_z = (all_logps(prior) + REWARDS / 0.7).logsumexp(0)
     assert matcher.partition_.log_z() == pytest.approx(float(log_z), abs=0.1)
     assert any(entry["proposal_updated"] for entry in matcher.history_)
+    ess = [entry["ess"] for entry in matcher.history_]
+    assert sorted(ess[-9:])[4] > 0.8 > ess[0]
     last = matcher.history_[-1]
-    assert last["ess"] > 0.8 > matcher.history_[0]["ess"]
     assert last["kl_ref"] == pytest.approx(kl(all_logps(policy), all_logps(prior)), abs=0.3)
-    assert matcher.n_steps_ == 60
+    assert matcher.n_steps_ == n_steps
 
 
 def test_one_step_is_the_loss_written_out():
