@@ -63,7 +63,7 @@ prior = LearnedProximalNetwork(
     strong_convexity=0.01,
     generator=torch.Generator().manual_seed(0),
 )
-train_lpn(
+history = train_lpn(
     prior,
     normalize_velocity(maps)[:, None],
     sigma=0.1,

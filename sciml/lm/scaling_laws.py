@@ -99,7 +99,13 @@ class _ScalingLaw(RegressorMixin, BaseEstimator):
         self.center_ = columns.mean(axis=0)
         self.center_[2] = 0.0  # epochs are counted, not scaled
         centered = columns - self.center_
-        self._theta, self.objective_ = self._minimise(centered, np.log(loss), loss)
+        self._theta, self.objective_, converged = self._minimise(centered, np.log(loss), loss)
+        if not converged:
+            warnings.warn(
+                f"{type(self).__name__} did not converge from any of its starts",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         self._set_parameters()
         return self
 
@@ -145,6 +151,11 @@ class _ScalingLaw(RegressorMixin, BaseEstimator):
         -------
         dict of str to (float, float)
             Lower and upper end for each parameter.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If some refits did not reach a minimum; their parameters count all the same.
         """
         check_is_fitted(self)
         check_integer("n_resamples", n_resamples, 2)
@@ -153,12 +164,22 @@ class _ScalingLaw(RegressorMixin, BaseEstimator):
         centered = columns - self.center_
         rng = check_random_state(random_state)
         refits: list[list[float]] = []
+        n_failed = 0
         while len(refits) < n_resamples:
             rows = rng.randint(len(loss), size=len(loss))
             if len(np.unique(centered[rows], axis=0)) < len(self._parameter_names):
                 continue  # a law cannot be fitted to fewer runs than parameters
-            theta, _ = self._minimise(centered[rows], np.log(loss[rows]), loss[rows], self._theta)
+            theta, _, converged = self._minimise(
+                centered[rows], np.log(loss[rows]), loss[rows], self._theta
+            )
+            n_failed += not converged
             refits.append(list(self._published_form(theta, self.center_).values()))
+        if n_failed:
+            warnings.warn(
+                f"{n_failed} of {n_resamples} refits of {type(self).__name__} did not converge",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         ends = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], axis=0)
         names = self._published_form(self._theta, self.center_)
         return {name: (float(ends[0, i]), float(ends[1, i])) for i, name in enumerate(names)}
@@ -238,8 +259,8 @@ class _ScalingLaw(RegressorMixin, BaseEstimator):
 
     def _minimise(
         self, columns: Array, log_loss: Array, loss: Array, warm_start: Array | None = None
-    ) -> tuple[Array, float]:
-        """Best of the local minima reached from the starts, or from `warm_start` alone."""
+    ) -> tuple[Array, float, bool]:
+        """Best point reached from the starts or from `warm_start`, its value, if any converged."""
         starts = self._starts(columns, loss) if warm_start is None else warm_start[None]
         bounds = self._bounds(loss)
         low, high = np.array(bounds, dtype=np.float64).T
@@ -271,16 +292,10 @@ class _ScalingLaw(RegressorMixin, BaseEstimator):
         results = [descend(start) for start in starts]
         finite = [result for result in results if np.isfinite(result.fun)]
         arrived = [r.success or np.abs(r.jac).max() < 1e-3 * (1 + r.fun) for r in finite]
-        if not any(arrived):
-            warnings.warn(
-                f"{type(self).__name__} did not converge from any of {len(starts)} starts",
-                ConvergenceWarning,
-                stacklevel=3,
-            )
         if not finite:
-            return np.asarray(starts[0], dtype=np.float64), np.inf
+            return np.asarray(starts[0], dtype=np.float64), np.inf, False
         best = min(finite, key=lambda result: float(result.fun))
-        return np.asarray(best.x, dtype=np.float64), float(best.fun)
+        return np.asarray(best.x, dtype=np.float64), float(best.fun), any(arrived)
 
     def _set_parameters(self) -> None:
         for name, value in self._published_form(self._theta, self.center_).items():
