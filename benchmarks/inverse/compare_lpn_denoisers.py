@@ -34,7 +34,6 @@ from sciml.inverse import (
     train_lpn,
 )
 
-NOISE = 0.05  # of the measurements
 RHO = 1.02  # both operators have norm 1
 
 
@@ -75,12 +74,12 @@ def lpn_schedule(n_features, steps):
     tenth = steps // 10
     return ProximalMatchingSchedule.from_stages(
         [
-            ("l1", steps - 6 * tenth, 1e-3),
-            (8 * gamma, tenth, 1e-3),
-            (4 * gamma, tenth, 5e-4),
-            (2 * gamma, 2 * tenth, 3e-4),
+            ("l1", steps - 6 * tenth, 3e-3),
+            (8 * gamma, tenth, 3e-3),
+            (4 * gamma, tenth, 1.5e-3),
+            (2 * gamma, 2 * tenth, 1e-3),
+            (gamma, tenth, 3e-4),
             (gamma, tenth, 1e-4),
-            (gamma, tenth, 3e-5),
         ]
     )
 
@@ -124,9 +123,9 @@ def operators(side, dtype):
     }
 
 
-def measure(physics, x, seed):
+def measure(physics, x, noise, seed):
     y = physics.A(x)
-    return y + NOISE * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+    return y + noise * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tikhonov(weight):
@@ -199,10 +198,11 @@ def main():
     digits = arguments.data == "digits"
     train, tune, test = digit_images() if digits else natural_images()
     side, batch_size = train.shape[-1], 64 if digits else 32
-    steps = arguments.steps or (4000 if digits else 1500)
+    steps = arguments.steps or (30000 if digits else 6000)
     # Noise that both denoisers are trained on. Compressed sensing starts far from the images,
     # where a network that has seen one small noise level has learned nothing.
-    sigma = (0.05, 0.4) if digits else (0.02, 0.2)
+    sigma = (0.05, 0.4)
+    noise = 0.1 if digits else 0.05  # of the measurements
 
     lpn = LearnedProximalNetwork(
         1,
@@ -226,8 +226,7 @@ def main():
     dncnn_steps = train_dncnn(dncnn, train, sigma, cpu, batch_size)
     dncnn.eval()
     for name, net in (("LPN", lpn), ("DnCNN", dncnn)):
-        noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(5))
-        noisy = test + 0.1 * noise
+        noisy = test + 0.1 * torch.randn(test.shape, generator=torch.Generator().manual_seed(5))
         with torch.no_grad():
             denoised = net(noisy, 0.1)
         size = sum(p.numel() for p in net.parameters())
@@ -252,8 +251,8 @@ def main():
         methods["BM3D"] = (lambda level: plug_and_play(BM3D(level), 0.2, max_iter=8), (0.05, 0.1))
     chosen = {}
     for task, physics in tasks.items():
-        print(f"{task}, noise {NOISE}, {len(test)} test images; weights tuned on {len(tune)}")
-        y_tune, y_test = measure(physics, tune, 3), measure(physics, test, 4)
+        print(f"{task}, noise {noise}, {len(test)} test images; weights tuned on {len(tune)}")
+        y_tune, y_test = measure(physics, tune, noise, 3), measure(physics, test, noise, 4)
         for name, (make, weights) in methods.items():
             n_tune = 4 if name == "BM3D" else len(tune)
             with torch.no_grad():
@@ -272,7 +271,7 @@ def main():
     lpn, dncnn = copy.deepcopy(lpn).double(), copy.deepcopy(dncnn).double()
     prior = LPNPrior(lpn, tol=1e-9)
     for ax, (task, physics) in zip(axes, tasks.items(), strict=True):
-        y = measure(physics, test[:16], 4).double()
+        y = measure(physics, test[:16], noise, 4).double()
         physics = operators(side, torch.float64)[task]
         physics.set_ls_solver("CG", max_iter=20, tol=1e-12)
         weight, rho = chosen[task, "LPN, certified"], chosen[task, "DnCNN, any rho"]
