@@ -23,7 +23,6 @@ from .openfwi import (
     denormalize_velocity,
     normalize_velocity,
     open_openfwi,
-    seismic_dataset,
     standardize_seismic,
 )
 from .refinement import Refinement, refine
@@ -38,6 +37,7 @@ from .seismic_baselines import (
 from .survey import Survey, ricker
 from .unet import UNetTranslation
 from .velocity_maps import VELOCITY_KINDS, make_velocity_maps
+from .xarray_dataset import seismic_dataset
 
 __all__ = [
     "LATENT_SIZES",

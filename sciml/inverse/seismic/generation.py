@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 from ... import __version__
 from ..._check import check_choice, check_integer
 from .acoustic_wave import AcousticWavePhysics
-from .openfwi import seismic_dataset
 from .survey import Survey
 from .velocity_maps import VELOCITY_KINDS, base_seed, make_velocity_maps
+from .xarray_dataset import seismic_dataset
 
 if TYPE_CHECKING:
     import xarray as xr
