@@ -6,7 +6,7 @@ keeps its best epoch on validation data. Prints the normalised mean absolute err
 one line a model and seed as it is done, then means over seeds; "before" and "refined" are the
 errors on a few test maps before and after full-waveform inversion.
 
-A model takes one to two minutes of one CPU core. ``--train 2000 --epochs 100`` is for a GPU.
+A model takes about a minute of one CPU core. ``--train 2000 --epochs 100`` is for a GPU.
 
     python benchmarks/inverse/compare_gfi.py --data gfi.npz
 """
@@ -231,7 +231,7 @@ def main():
     parser.add_argument("--data", type=Path, help="npz file to keep the data in")
     parser.add_argument("--train", type=int, default=500, help="training maps")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--refine", type=int, default=8, help="FWI steps a band; 0 for none")
