@@ -209,7 +209,7 @@ def main():
         side,
         width=32,
         n_downsamples=1 if digits else 2,
-        beta=10.0 if digits else 100.0,
+        beta=10.0,
         strong_convexity=0.01,
         generator=torch.Generator().manual_seed(0),
     )
@@ -238,7 +238,8 @@ def main():
     print(flush=True)
 
     tasks = operators(side, torch.float32)
-    any_rho, weights = (0.05, 0.1, 0.2, 0.5, RHO), (0.05, 0.1, 0.2, 0.5, 1.0)
+    any_rho = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, RHO)
+    weights = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     methods = {
         "Tikhonov": (tikhonov, (0.01, 0.03, 0.1, 0.3)),
         "TV": (total_variation, (0.003, 0.01, 0.02, 0.05, 0.1)),
