@@ -10,6 +10,7 @@ fixed-point residuals ||x - z|| / ||x|| of 500 iterations in float64 are compare
 
     python benchmarks/inverse/compare_lpn_denoisers.py digits
     python benchmarks/inverse/compare_lpn_denoisers.py natural
+    python benchmarks/inverse/compare_lpn_denoisers.py natural --steps 16000 --beta 100
 """
 
 import argparse
@@ -194,6 +195,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=["digits", "natural"])
     parser.add_argument("--steps", type=int, default=None, help="training steps of the LPN")
+    parser.add_argument("--beta", type=float, default=10.0, help="sharpness of its softplus")
     arguments = parser.parse_args()
     digits = arguments.data == "digits"
     train, tune, test = digit_images() if digits else natural_images()
@@ -209,7 +211,7 @@ def main():
         side,
         width=32,
         n_downsamples=1 if digits else 2,
-        beta=10.0,
+        beta=arguments.beta,
         strong_convexity=0.01,
         generator=torch.Generator().manual_seed(0),
     )
